@@ -1,0 +1,60 @@
+"""Pure functions of tensors that the models share: heads and positions.
+
+Shape letters, here and in every file: B batch, T query length, S key length, D hidden size, H heads, K head size,
+V vocabulary.
+"""
+
+import torch
+
+
+def split_heads(hidden_states: torch.Tensor, head_size: int) -> torch.Tensor:
+    """(B, T, H·K) -> (B, H, T, K)."""
+    return hidden_states.unflatten(-1, (-1, head_size)).transpose(1, 2)
+
+
+def merge_heads(hidden_states: torch.Tensor) -> torch.Tensor:
+    """(B, T, H, K) -> (B, T, H·K), the order in which the attention functions of the host return heads."""
+    return hidden_states.flatten(2)
+
+
+def positions_from_mask(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Number the attended tokens of each row of a 0/1 mask (B, S) from 0; padding gets 0. Returns (B, S)."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def last_attended(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Index (B,) of the rightmost attended token of each row of a 0/1 mask (B, S), for left and right padding."""
+    columns = torch.arange(attention_mask.shape[-1], device=attention_mask.device, dtype=torch.int32)
+    return (columns * attention_mask.to(torch.int32)).argmax(-1)
+
+
+def _angles(position_ids: torch.Tensor, size: int, base: float) -> torch.Tensor:
+    """position · base^(-2i / size) for i < size / 2, in float32: (B, T) -> (B, T, size / 2)."""
+    exponents = torch.arange(0, size, 2, device=position_ids.device, dtype=torch.float32) / size
+    return position_ids[..., None].float() * base**-exponents
+
+
+def sinusoidal_positions(position_ids: torch.Tensor, hidden_size: int) -> torch.Tensor:
+    """Fixed position vectors, sines in the even and cosines in the odd coordinates: (B, T) -> (B, T, D).
+
+    Vaswani et al. 2017, "Attention Is All You Need", section 3.5.
+    """
+    angles = _angles(position_ids, hidden_size, 10_000.0)
+    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)
+
+
+def rotary_positions(position_ids: torch.Tensor, head_size: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of the rotary angles, each (B, 1, T, K): one head axis to broadcast over.
+
+    Su et al. 2021, "RoFormer", equation 15, with coordinate i paired with i + K/2 as in the host's rotary models.
+    """
+    angles = _angles(position_ids, head_size, theta)
+    angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
+    return angles.cos(), angles.sin()
+
+
+def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate queries or keys (B, H, T, K) by their positions, in float32, and return their type."""
+    first, second = states.float().chunk(2, dim=-1)
+    rotated = torch.cat((-second, first), dim=-1)
+    return (states.float() * cos + rotated * sin).to(states.dtype)

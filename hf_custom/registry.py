@@ -1,0 +1,60 @@
+"""Makes the host's Auto classes know this package's families, and steers stock checkpoints here on request."""
+
+from importlib import import_module
+
+import transformers
+from transformers import AutoConfig, AutoTokenizer, GPT2Tokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from .configuration_gpt2 import CustomGPT2Config
+
+# One row a family. Which class serves which Auto class is said by the configuration itself, in `auto_classes`.
+FAMILIES: tuple[tuple[type[PreTrainedConfig], type[PreTrainedTokenizerBase]], ...] = (
+    (CustomGPT2Config, GPT2Tokenizer),
+)
+
+
+def _load(reference: str) -> type:
+    """The class that `auto_classes` names as `file.Class`."""
+    module, name = reference.split(".")
+    return getattr(import_module(f".{module}", __package__), name)
+
+
+def register(replace_stock: bool | None = None) -> None:
+    """Register every family with the Auto classes. Importing the package does so once; calling again changes nothing.
+
+    Args:
+        replace_stock: `True` makes `AutoModel*.from_pretrained` of a stock checkpoint (`gpt2`) give the class of this
+            package, in scripts that do not know it; `False` gives stock back; `None` leaves that as it is.
+    """
+    for config_class, tokenizer_class in FAMILIES:
+        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+        AutoTokenizer.register(config_class, tokenizer_class, exist_ok=True)
+        config_class.register_for_auto_class()
+        for auto_name, reference in config_class.auto_classes.items():
+            if auto_name != "AutoConfig":
+                getattr(transformers, auto_name).register(config_class, _load(reference), exist_ok=True)
+        _ship_code_with(import_module(f".{config_class.auto_classes['AutoModel'].split('.')[0]}", __package__))
+        if replace_stock is not None:
+            _steer_stock(config_class, replace_stock)
+
+
+def _ship_code_with(module) -> None:
+    """Make `save_pretrained` of every model class in `module` copy its code beside the weights."""
+    for name in module.__all__:
+        model_class = getattr(module, name)
+        entries = [auto for auto, reference in model_class.config_class.auto_classes.items() if reference.endswith(f".{name}")]
+        # A class without an Auto class of its own still ships; `auto_classes` overrides its entry when saving.
+        model_class.register_for_auto_class(entries[-1] if entries else "AutoModel")
+
+
+def _steer_stock(config_class: type[PreTrainedConfig], replace: bool) -> None:
+    for model_type in config_class.stock_model_types:
+        if replace:
+            CONFIG_MAPPING.register(model_type, config_class, exist_ok=True)
+        else:
+            # The host can add an entry but not take it back; without ours it falls through to its own table.
+            CONFIG_MAPPING._extra_content.pop(model_type, None)
+
+
+__all__ = ["FAMILIES", "register"]

@@ -1,0 +1,34 @@
+"""Environment of every test: offline, two threads, seeded; the folder of real data for those marked `data`."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+import pytest  # noqa: E402 - the variables above are read at import
+import torch  # noqa: E402
+import transformers  # noqa: E402
+
+import hf_custom  # noqa: E402, F401 - registers the classes
+
+torch.set_num_threads(2)
+transformers.logging.disable_progress_bar()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--data", help="folder of real data for the tests marked `data`")
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    transformers.set_seed(0)
+
+
+@pytest.fixture
+def data_folder(request):
+    """The folder given by --data."""
+    folder = request.config.getoption("--data")
+    if folder is None:
+        pytest.skip("needs --data FOLDER")
+    return folder

@@ -1,0 +1,325 @@
+"""What every model class must do under every option of its configuration: one suite over the table of tiny.py."""
+
+import json
+from itertools import product
+
+import pytest
+import torch
+from safetensors import safe_open
+from tiny import BATCH, LENGTH, MODELS, OPTIONS, VOCAB, name_of
+from transformers import Trainer, TrainingArguments, set_seed
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+CASES = [
+    pytest.param(row, option, id=f"{row.name}-{name_of(option)}")
+    for row in MODELS
+    for option in OPTIONS[row.config_class]
+]
+each_case = pytest.mark.parametrize(("row", "option"), CASES)
+each_model = pytest.mark.parametrize("row", MODELS, ids=name_of)
+
+LABELLED = [pytest.param(row, {}, row.draw_labels, id=row.name) for row in MODELS if row.draw_labels(1, LENGTH)]
+# What a classifier of whole sequences makes of its labels depends on the configuration and on their type.
+PROBLEMS = {
+    "regression": ({"num_labels": 1}, lambda b, t: {"labels": torch.randn(b)}),
+    "regression_of_many": ({"problem_type": "regression"}, lambda b, t: {"labels": torch.randn(b, 3)}),
+    "multi_label": ({}, lambda b, t: {"labels": torch.randint(0, 2, (b, 3)).float()}),
+}
+LABELLED += [
+    pytest.param(row, *problem, id=f"{row.name}-{name}")
+    for row in MODELS
+    if row.name.endswith("ForSequenceClassification")
+    for name, problem in PROBLEMS.items()
+]
+each_labelled = pytest.mark.parametrize(("row", "option", "draw_labels"), LABELLED)
+
+
+def tensors_of(outputs) -> dict[str, torch.Tensor]:
+    """The tensors of an output by name, its cache left out."""
+    return {name: value for name, value in outputs.items() if isinstance(value, torch.Tensor)}
+
+
+def assert_equal(actual, expected, **tolerances):
+    """The same names and the same tensors, up to rounding unless `tolerances` are given."""
+    actual, expected = dict(actual), dict(expected)
+    assert actual.keys() == expected.keys() and actual
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name], **tolerances)
+
+
+EXACT = {"rtol": 0, "atol": 0}
+WITHIN = {"rtol": 0, "atol": 1e-5}
+
+
+def batch_of(row):
+    return {**row.inputs(), **row.draw_labels(BATCH, LENGTH)}
+
+
+def objective(model, batch):
+    """The sum of the losses or, for a model without any, a number that depends on all of its first output."""
+    outputs = model(**batch)
+    losses = [value for name, value in outputs.items() if name.endswith("loss")]
+    return sum(losses) if losses else outputs[0].square().sum()
+
+
+def gradients(model, batch):
+    """Gradients of a training step with seeded dropout, by name of the parameter."""
+    model.train().zero_grad()
+    set_seed(1)
+    objective(model, batch).backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def with_dropout(row, p):
+    return dict.fromkeys(row.config_class.probabilities, p)
+
+
+@each_case
+def test_outputs_are_finite(row, option):
+    outputs = tensors_of(row.build(**option)(**batch_of(row)))
+    assert all(tensor.isfinite().all() for tensor in outputs.values())
+    assert "loss" in outputs or not row.draw_labels(1, LENGTH)
+
+
+@each_case
+def test_every_parameter_receives_a_gradient(row, option):
+    model = row.build(**option).train()
+    objective(model, batch_of(row)).backward()
+    reached = [name for name, parameter in model.named_parameters() if parameter.grad is not None]
+    reached = [name for name in reached if model.get_parameter(name).grad.count_nonzero()]
+    assert reached == [name for name, _ in model.named_parameters()]
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@each_case
+def test_checkpointing_changes_no_gradient(row, option, use_reentrant):
+    model = row.build(**{**with_dropout(row, 0.1), **option})
+    # Checkpointing turns the cache off, and with it the layout of keys, which shows in the last bit.
+    batch = {**batch_of(row), "use_cache": False}
+    expected = gradients(model, batch)
+    calls = []
+    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for block in blocks:
+        # On a part of the block: the hooks of the block itself stay outside the checkpoint.
+        next(block.children()).register_forward_pre_hook(lambda *args: calls.append(1))
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    actual = gradients(model, batch)
+    assert len(calls) == 2 * len(blocks) > 0, "each block runs again in the backward pass"
+    assert_equal(actual, expected, **EXACT)
+
+
+@each_case
+def test_hidden_states_and_attentions_have_their_shapes(row, option):
+    model, inputs = row.build(**option, attn_implementation="eager"), row.inputs()
+    config, rows = model.config, inputs["input_ids"].numel() // LENGTH
+    outputs = model(**inputs, output_hidden_states=True, output_attentions=True)
+    states, attentions = outputs.hidden_states, outputs.attentions
+    # Blocks see choices as rows; the last state alone gets the axes of the input back, in stock too.
+    states = [state.view(-1, *state.shape[-2:]) for state in states]
+    assert [state.shape for state in states] == [(rows, LENGTH, config.hidden_size)] * (config.num_hidden_layers + 1)
+    shape = (rows, config.num_attention_heads, LENGTH, LENGTH)
+    assert [weights.shape for weights in attentions] == [shape] * config.num_hidden_layers
+    for weights in attentions:
+        torch.testing.assert_close(weights.sum(-1), torch.ones(shape[:-1]))
+    base = getattr(model, model.base_model_prefix, model)(**inputs)
+    torch.testing.assert_close(states[-1], base.last_hidden_state.view_as(states[-1]), **EXACT)
+
+
+@each_case
+def test_tuple_equals_dict(row, option):
+    model, batch = row.build(**option), batch_of(row)
+    asked = {**batch, "output_hidden_states": True}
+    expected, actual = model(**asked), model(**asked, return_dict=False)
+    assert type(actual) is tuple and len(actual) == len(expected.to_tuple())
+    for value, reference in zip(actual, expected.to_tuple(), strict=True):
+        assert type(value) is type(reference)
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(value, reference, **EXACT)
+
+
+@each_case
+def test_saved_in_shards_gives_equal_outputs(row, option, tmp_path):
+    model, batch = row.build(**option), batch_of(row)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    weights = {path.name for path in tmp_path.iterdir() if path.suffix not in (".py", ".json")}
+    assert len(weights) > 2 and all(name.endswith(".safetensors") for name in weights)
+    loaded, report = row.model_class.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values()), report
+    assert_equal(loaded.state_dict(), model.state_dict(), **EXACT)
+    assert_equal(tensors_of(loaded(**batch)), tensors_of(model(**batch)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@each_case
+def test_half_precision_runs_and_is_kept(row, option, dtype, tmp_path):
+    model, batch = row.build(**option).to(dtype), batch_of(row)
+    outputs = tensors_of(model(**batch))
+    assert all(value.isfinite().all() for value in outputs.values())
+    assert {value.dtype for name, value in outputs.items() if not name.endswith("loss")} == {dtype}
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+    loaded = row.model_class.from_pretrained(tmp_path)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
+    assert_equal(loaded.state_dict(), model.state_dict(), **EXACT)
+    assert_equal(tensors_of(loaded(**batch)), outputs)
+
+
+@each_case
+def test_batch_equals_single_rows(row, option):
+    model, inputs = row.build(**option), row.inputs()
+    together = tensors_of(model(**inputs))
+    for index in range(BATCH):
+        alone = model(**{name: tensor[index : index + 1] for name, tensor in inputs.items()})
+        expected = {name: tensor[index : index + 1] for name, tensor in together.items()}
+        assert_equal(tensors_of(alone), expected, **WITHIN)
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@each_case
+def test_padded_rows_equal_unpadded_ones(row, option, padding):
+    model, inputs = row.build(**option), row.inputs(padding=padding)
+    mask = inputs["attention_mask"].bool()
+    assert not mask.all()
+    if row.index_argument is not None:
+        inputs[row.index_argument] = (mask * torch.arange(LENGTH)).argmax(-1)
+    padded = tensors_of(model(**inputs))
+    for index in product(*map(range, mask.shape[:-1])):
+        real = mask[index]
+        ids = inputs["input_ids"][index][real]
+        for name, alone in tensors_of(model(ids.view(*(1 for _ in index), -1))).items():
+            together = padded[name][index]
+            if padded[name].shape[: mask.ndim] == mask.shape:
+                together = together[real]
+            torch.testing.assert_close(together, alone[(0,) * len(index)], **WITHIN)
+
+
+@pytest.mark.parametrize("size", [VOCAB + 13, VOCAB - 9])
+@each_case
+def test_resized_vocabulary_keeps_its_rows(row, option, size):
+    model, inputs = row.build(**option), row.inputs()
+    inputs["input_ids"] %= size
+    before = tensors_of(model(**inputs))
+    model.resize_token_embeddings(size)
+    after = tensors_of(model(**inputs))
+    assert model.get_input_embeddings().num_embeddings == model.config.vocab_size == size
+    has_lm_head = model.get_output_embeddings() is not None
+    for name in before:
+        width = min(before[name].shape[-1], after[name].shape[-1])
+        assert after[name].shape[-1] == (size if has_lm_head and name == "logits" else before[name].shape[-1])
+        torch.testing.assert_close(after[name][..., :width], before[name][..., :width], **WITHIN)
+    largest = dict.fromkeys(["input_ids", "labels"] if has_lm_head else ["input_ids"], torch.tensor(size - 1))
+    batch = batch_of(row)
+    batch |= {name: label.expand_as(batch["input_ids"]) for name, label in largest.items()}
+    assert objective(model, batch).isfinite()
+
+
+@pytest.mark.parametrize("is_tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("row", [row for row in MODELS if row.model_class._tied_weights_keys], ids=name_of)
+def test_tied_weights_are_one_tensor_stored_once(row, is_tied, tmp_path):
+    row.build(tie_word_embeddings=is_tied).save_pretrained(tmp_path)
+    model = row.model_class.from_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        stored = set(file.keys())
+    for target, source in row.model_class._tied_weights_keys.items():
+        assert (model.get_parameter(target).data_ptr() == model.get_parameter(source).data_ptr()) == is_tied
+        assert source in stored and (target in stored) != is_tied
+
+
+def micro_batches(row, draw_labels, rows=4):
+    """Rows apart, with unequal numbers of ignored labels: in the last one nothing is left to learn."""
+    batch = {**row.inputs(batch=rows), **draw_labels(rows, LENGTH)}
+    labels = batch.get("labels")
+    if labels is not None and not labels.is_floating_point():
+        if labels.ndim == 1:
+            labels[-1] = -100
+        else:
+            for index, count in enumerate((1, 3, 6, LENGTH)):
+                labels[index, ..., :count] = -100
+    return batch, [{name: tensor[index : index + 1] for name, tensor in batch.items()} for index in range(rows)]
+
+
+@each_labelled
+def test_accumulated_gradient_is_that_of_the_large_batch(row, option, draw_labels):
+    model = row.build(**option)
+    batch, parts = micro_batches(row, draw_labels)
+    model.train()(**batch).loss.backward()
+    expected = {
+        name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
+    model.zero_grad()
+    counted, scale = {}, len(parts)
+    if "labels" in batch:
+        is_shifted = LOSS_MAPPING.get(model.loss_type) is ForCausalLMLoss
+        items = (batch["labels"][..., 1:] if is_shifted else batch["labels"]).ne(-100).sum()
+        counted, scale = {"num_items_in_batch": items}, 1
+    for part in parts:
+        (model(**part, **counted).loss / scale).backward()
+    for name in expected:
+        torch.testing.assert_close(model.get_parameter(name).grad, expected[name], rtol=1e-5, atol=1e-5)
+
+
+def trained_weights(row, option, rows, batch_size, folder):
+    """Parameters after one step of SGD by the Trainer over all `rows`."""
+    set_seed(1)
+    model = row.build(**option)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    arguments = TrainingArguments(
+        output_dir=folder,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=len(rows) // batch_size,
+        max_steps=1,
+        optim="sgd",
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    Trainer(model, arguments, train_dataset=rows).train()
+    assert any(not torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+    return dict(model.named_parameters())
+
+
+@each_labelled
+def test_trainer_accumulates_as_one_large_batch(row, option, draw_labels, tmp_path):
+    batch, _ = micro_batches(row, draw_labels)
+    rows = [{name: tensor[index] for name, tensor in batch.items()} for index in range(4)]
+    expected = trained_weights(row, option, rows, batch_size=4, folder=tmp_path)
+    actual = trained_weights(row, option, rows, batch_size=1, folder=tmp_path)
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name], rtol=0, atol=1e-6)
+
+
+@each_case
+def test_dropout_follows_the_seed(row, option):
+    model, batch = row.build(**{**with_dropout(row, 0.3), **option}), batch_of(row)
+
+    def run(seed):
+        set_seed(seed)
+        return objective(model, batch)
+
+    assert run(1) == run(2), "no dropout in evaluation"
+    model.train()
+    assert run(1) == run(1) != run(2)
+
+
+def tensors_held(model):
+    """Parameters and buffers, those that are never saved included."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+@each_case
+def test_loading_leaves_no_garbage(row, option, tmp_path):
+    batch, fresh = batch_of(row), row.build(**option)
+    fresh.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        empty = row.model_class(row.config(**option))
+    assert all(parameter.is_meta for parameter in empty.parameters())
+    assert [path.name for path in tmp_path.iterdir() if path.suffix not in (".py", ".json")] == ["model.safetensors"]
+    loaded = row.model_class.from_pretrained(tmp_path)
+    assert_equal(tensors_held(loaded), tensors_held(fresh), **EXACT)
+    assert tensors_held(empty).keys() == tensors_held(fresh).keys()
+    assert_equal(tensors_of(loaded(**batch)), tensors_of(fresh(**batch)))

@@ -1,0 +1,238 @@
+"""The training scripts as a user runs them: what they leave, and how they refuse a mistake."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import transformers
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+
+import hf_custom
+from training import quickstart, run_clm
+from training.args import DataArguments, ModelArguments, parse_arguments, read_recipe
+from training.tokenizer import train_tokenizer
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "training" / "recipes").iterdir())
+SMOKE = str(ROOT / "training" / "recipes" / "clm_smoke.yaml")
+PLANS = sorted((ROOT / "training" / "accelerate").glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def _stock_stays_stock():
+    yield
+    hf_custom.register(replace_stock=False)
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """The folder that the smoke recipe leaves."""
+    folder = tmp_path_factory.mktemp("run") / "smoke"
+    run_clm.main([SMOKE, "--output_dir", str(folder), "--save_strategy", "steps", "--save_steps", "2"])
+    return folder
+
+
+def test_run_leaves_model_code_card_curve_and_numbers(smoke):
+    files = {file.name for file in smoke.iterdir()}
+    assert {"model.safetensors", "modeling_gpt2.py", "README.md", "loss_curve.png", "tokenizer.json"} <= files
+    metrics = json.loads((smoke / "metrics.json").read_text())
+    card = ModelCard.load(smoke / "README.md")
+    on_card = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert on_card == metrics and set(metrics) == {"perplexity", "bits per byte"}
+    # An untrained model of 512 entries is near uniform, and four steps change little.
+    assert 300 < metrics["perplexity"] < 520
+    assert f"{metrics['perplexity']:.4g}" in card.text
+    assert (smoke / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_run_logs_tokens_per_second(smoke):
+    history = json.loads((smoke / "trainer_state.json").read_text())["log_history"]
+    lines = [entry for entry in history if "loss" in entry]
+    assert len(lines) == 4 and all(entry["tokens_per_second"] > 0 for entry in lines)
+    assert [entry["num_input_tokens_seen"] for entry in lines] == [256, 512, 768, 1024]
+    assert any("eval_loss" in entry for entry in history)
+
+
+def test_saved_model_loads_and_continues(smoke):
+    model = AutoModelForCausalLM.from_pretrained(smoke)
+    tokenizer = AutoTokenizer.from_pretrained(smoke)
+    assert type(model) is hf_custom.CustomGPT2ForCausalLM and type(tokenizer) is transformers.GPT2Tokenizer
+    ids = model.generate(**tokenizer("The statement", return_tensors="pt"), max_new_tokens=3, do_sample=False)
+    assert ids.shape[1] == len(tokenizer("The statement")["input_ids"]) + 3
+
+
+def test_resumed_run_equals_the_straight_one(smoke, tmp_path):
+    checkpoint = str(smoke / "checkpoint-2")
+    run_clm.main([SMOKE, "--output_dir", str(tmp_path / "again"), "--resume_from_checkpoint", checkpoint])
+    straight, resumed = (load_file(folder / "model.safetensors") for folder in (smoke, tmp_path / "again"))
+    assert straight.keys() == resumed.keys()
+    for key, weight in straight.items():
+        assert torch.equal(weight, resumed[key]), key
+
+
+def test_fine_tunes_a_stock_checkpoint_on_files(tmp_path):
+    """As the README says, with a stock folder in place of the name `gpt2`."""
+    stock, texts = tmp_path / "stock", tmp_path / "my_texts"
+    texts.mkdir()
+    (texts / "a.txt").write_text("one two three four\n" * 80, encoding="utf-8")
+    tokenizer = train_tokenizer(iter(["one two three four\n"]), "bpe", 300)
+    config = transformers.GPT2Config(
+        vocab_size=300, n_embd=16, n_layer=1, n_head=2, n_positions=32, bos_token_id=0, eos_token_id=0
+    )
+    transformers.GPT2LMHeadModel(config).save_pretrained(stock)
+    tokenizer.save_pretrained(stock)
+    flags = "--num_train_epochs 2 --block_size 32 --use_cpu --warmup_steps 0 --learning_rate 0.01"
+    output = tmp_path / "mine"
+    run_clm.main(
+        ["--model_name_or_path", str(stock), "--files", str(texts), "--output_dir", str(output), *flags.split()]
+    )
+    model = AutoModelForCausalLM.from_pretrained(output)
+    assert type(model) is hf_custom.CustomGPT2ForCausalLM
+    losses = [entry["loss"] for entry in json.loads((output / "trainer_state.json").read_text())["log_history"] if "loss" in entry]
+    assert losses[-1] < losses[0]
+    assert "local text: `my_texts`" in (output / "README.md").read_text()
+
+
+def test_streams_files(tmp_path):
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"row {i} of the text"}) + "\n" for i in range(200)), encoding="utf-8")
+    output = tmp_path / "out"
+    files = ["--files", str(text), "--validation_files", str(text), "--streaming"]
+    run_clm.main([SMOKE, *files, "--vocab_size", "300", "--max_steps", "2", "--output_dir", str(output)])
+    assert set(json.loads((output / "metrics.json").read_text())) == {"loss"}
+
+
+def test_ids_train_without_a_tokenizer_of_ours(smoke, tmp_path):
+    ids = tmp_path / "ids.jsonl"
+    rows = [{"input_ids": list(range(i % 7, 64))} for i in range(60)]
+    ids.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    output = tmp_path / "out"
+    run_clm.main([SMOKE, "--files", str(ids), "--tokenizer_name", str(smoke), "--output_dir", str(output)])
+    assert set(json.loads((output / "metrics.json").read_text())) == {"loss"}
+
+
+def mistakes(folder: Path) -> dict[str, tuple[list[str], list[str]]]:
+    """Arguments that cannot work, and words that the one line of refusal must hold."""
+    (folder / "empty.txt").write_text("")
+    (folder / "latin1.txt").write_bytes("Grüße\n".encode("latin1") * 100)
+    (folder / "rows.csv").write_text("body\nx\n")
+    (folder / "ids.jsonl").write_text("".join('{"input_ids": [1, 2]}\n' for _ in range(40)) + '{"input_ids": [9999]}\n')
+    (folder / "typo.yaml").write_text("learning_rat: 1.0\n")
+    (folder / "broken.json").write_text("{")
+    return {
+        "empty": (["--files", str(folder / "empty.txt")], ["empty.txt is empty"]),
+        "encoding": (["--files", str(folder / "latin1.txt")], ["not UTF-8", "line 1", "iconv"]),
+        "column": (["--files", str(folder / "rows.csv")], ["no column `text`", "body", "--text_column"]),
+        "missing": (["--files", "nowhere.txt"], ["nowhere.txt does not exist"]),
+        "block": (["--block_size", "9999"], ["--block_size is 9999", "256 positions"]),
+        "override": (["--config_overrides", "n_heads=3"], ["n_heads", "did you mean `n_head`"]),
+        "divisor": (["--config_overrides", "n_head=5"], ["`n_head` (5) does not divide"]),
+        "item": (["--config_overrides", "n_head"], ["field=value"]),
+        "preset": (["--preset", "gpt3"], ["'gpt3' is unknown", "gpt2-mini"]),
+        "stream": (["--streaming"], ["--max_steps"]),
+        "fraction": (["--validation_fraction", "2"], ["--validation_fraction is 2.0"]),
+        "recipe": ([str(folder / "typo.yaml")], ["learning_rat", "Did you mean `learning_rate`?"]),
+        "broken recipe": ([str(folder / "broken.json")], ["cannot be read"]),
+        "no recipe": ([str(folder / "none.yaml")], ["No such file"]),
+        "ids": (
+            ["--files", str(folder / "ids.jsonl"), "--tokenizer_name", "@tokenizer"],
+            ["token id 9999", "vocabulary of 512", "row"],
+        ),
+        "checkpoint": (["--model_name_or_path", str(folder / "none")], ["none"]),
+    }
+
+
+@pytest.mark.parametrize("kind", list(mistakes(Path("/dev/shm")) if False else [
+    "empty", "encoding", "column", "missing", "block", "override", "divisor", "item", "preset", "stream", "fraction",
+    "recipe", "broken recipe", "no recipe", "ids", "checkpoint",
+]))
+def test_mistake_ends_in_one_line(kind, tmp_path, smoke):
+    arguments, words = mistakes(tmp_path)[kind]
+    arguments = [argument.replace("@tokenizer", str(smoke)) for argument in arguments]
+    with pytest.raises(SystemExit) as exit_:
+        run_clm.main([*arguments, "--output_dir", str(tmp_path / "out"), "--use_cpu"])
+    message = str(exit_.value)
+    assert message.startswith("error: ") and "\n" not in message
+    for word in words:
+        assert word in message
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_mistake_prints_no_traceback():
+    command = [sys.executable, "-m", "training.run_clm", "--files", "nowhere.txt"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr and result.stderr.strip().splitlines()[-1].startswith("error: ")
+
+
+def test_help_shows_how_to_launch(capsys):
+    with pytest.raises(SystemExit):
+        run_clm.main(["--help"])
+    text = capsys.readouterr().out
+    for word in ["torchrun --nproc_per_node 2", *(f"training/accelerate/{plan.name}" for plan in PLANS), "--files"]:
+        assert word in text
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+def test_recipe_is_understood(recipe):
+    fields = read_recipe(str(recipe))
+    model, data, training = parse_arguments((ModelArguments, DataArguments, TrainingArguments), [str(recipe)], "")
+    for key, value in fields.items():
+        owner = next(part for part in (model, data, training) if hasattr(part, key))
+        assert getattr(owner, key) == value
+
+
+def test_flags_override_the_recipe():
+    arguments = [SMOKE, "--max_steps", "7", "--vocab_size", "333"]
+    model, _, training = parse_arguments((ModelArguments, DataArguments, TrainingArguments), arguments, "")
+    assert (model.vocab_size, training.max_steps, training.per_device_train_batch_size) == (333, 7, 4)
+
+
+def test_launch_plans_are_what_accelerate_reads():
+    kinds = {plan.stem: str(load_config_from_file(str(plan)).distributed_type.value) for plan in PLANS}
+    assert kinds == {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "deepspeed_zero3": "DEEPSPEED"}
+    fsdp = yaml.safe_load((ROOT / "training" / "accelerate" / "fsdp2.yaml").read_text())["fsdp_config"]
+    assert fsdp["fsdp_version"] == 2
+    assert fsdp["fsdp_transformer_layer_cls_to_wrap"] in hf_custom.CustomGPT2PreTrainedModel._no_split_modules
+
+
+def test_quickstart_runs_whole_and_says_when_it_loses(tmp_path, capsys):
+    status = quickstart.main([SMOKE, "--output_dir", str(tmp_path / "out")])
+    printed = capsys.readouterr().out
+    assert status == 1 and "did NOT beat both baselines" in printed and "equal logits" in printed
+    rows = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert list(rows) == ["gpt2-mini", "bigram model, same tokenizer", "xz of the held-out text"]
+    card = (tmp_path / "out" / "model" / "README.md").read_text()
+    for row in rows.values():
+        assert f"{row['bits per byte']:.4g}" in card
+    assert {path.name for path in (tmp_path / "out" / "model").iterdir()} >= {"loss_curve.png", "ops.py", "config.json"}
+
+
+def test_quickstart_wins_by_the_numbers(monkeypatch, tmp_path):
+    """The exit status follows the table, not the run."""
+    rows = {"gpt2-mini": {"perplexity": 2.0, "bits per byte": 1.0}, "bigram": {"bits per byte": 1.1}, "xz": {"bits per byte": 2.0}}
+    score = quickstart.TextScore(1.0, 1, 1)
+    monkeypatch.setattr(quickstart, "measure", lambda run: (rows, score))
+    monkeypatch.setattr(quickstart, "check_runs_alone", lambda *arguments: None)
+    assert quickstart.main([SMOKE, "--output_dir", str(tmp_path / "out"), "--max_steps", "1"]) == 0
+
+
+def test_readme_commands_exist():
+    """Scripts, files and recipes that the README names are there."""
+    text = (ROOT / "README.md").read_text()
+    for path in re.findall(r"`((?:hf_custom|training)/[\w/.]+)`", text):
+        assert (ROOT / path).exists(), path
+    for module in re.findall(r"python -m ([\w.]+)", text):
+        assert (ROOT / f"{module.replace('.', '/')}.py").exists(), module
+    for name, path in re.findall(r"\| `(\w+)[\w.]*`[^|]* in `([\w/.]+)`", text):
+        assert name in (ROOT / path).read_text(), f"{name} in {path}"
+    assert tiny.MODELS

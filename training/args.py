@@ -1,0 +1,108 @@
+"""Arguments of the scripts: dataclasses with a help string each, from flags, from one recipe, or from both."""
+
+import argparse
+import difflib
+import json
+import os
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from huggingface_hub.errors import StrictDataclassError
+from transformers import HfArgumentParser
+
+
+@dataclass
+class DataArguments:
+    """What to train on. With nothing named: Python's language reference, which needs no network."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "data set of the Hub"})
+    dataset_config: str | None = field(default=None, metadata={"help": "its configuration"})
+    files: list[str] | None = field(
+        default=None, metadata={"help": "local files or folders: txt, md, csv, tsv, json, jsonl or parquet"}
+    )
+    validation_files: list[str] | None = field(default=None, metadata={"help": "held-out files; else a share is split"})
+    text_column: str = field(default="text", metadata={"help": "column that holds the text"})
+    validation_fraction: float = field(default=0.1, metadata={"help": "share of the text to hold out"})
+    streaming: bool = field(default=False, metadata={"help": "read the data as it is needed (needs --max_steps)"})
+    block_size: int = field(default=256, metadata={"help": "tokens in a training row"})
+    num_proc: int | None = field(default=None, metadata={"help": "processes that tokenize"})
+
+    def __post_init__(self):
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(f"--validation_fraction is {self.validation_fraction} but a share lies between 0 and 1.")
+        if self.block_size < 2:
+            raise ValueError(f"--block_size is {self.block_size} but a row needs at least 2 tokens.")
+
+    @property
+    def description(self) -> str:
+        """The data in words, for the model card."""
+        if self.dataset_name:
+            return f"the data set `{self.dataset_name}`" + (f" ({self.dataset_config})" if self.dataset_config else "")
+        if self.files:
+            return "local text: " + ", ".join(f"`{Path(file).name}`" for file in self.files)
+        return "Python's language reference (`pydoc_data.topics`), each paragraph once"
+
+
+@dataclass
+class ModelArguments:
+    """What to train: a checkpoint to go on from, or a named size to start from nothing."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "checkpoint to fine-tune, stock (`gpt2`) or ours; else start from --preset"}
+    )
+    preset: str = field(default="gpt2-mini", metadata={"help": "named size of a model that starts from nothing"})
+    config_overrides: str | None = field(
+        default=None, metadata={"help": "fields to change in it, as `n_layer=4,position_embedding_type=rope`"}
+    )
+    attn_implementation: str = field(default="sdpa", metadata={"help": "sdpa, eager, flex_attention, flash_attention_2"})
+    tokenizer_name: str | None = field(default=None, metadata={"help": "tokenizer, when it is not the checkpoint's"})
+    vocab_size: int = field(default=2048, metadata={"help": "size of the tokenizer trained when none is named"})
+
+
+def read_recipe(path: str) -> dict:
+    """A JSON or YAML file of arguments."""
+    text = Path(path).read_text(encoding="utf-8")
+    try:
+        recipe = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"recipe {path} cannot be read: {' '.join(str(error).split())}.") from None
+    if not isinstance(recipe, dict):
+        raise ValueError(f"recipe {path} is not a table of argument names and values.")
+    return recipe
+
+
+def parse_arguments(dataclasses, argv: list[str] | None, description: str, **defaults):
+    """One object for each of `dataclasses` from `argv`, whose first word may name a recipe that flags then override.
+
+    Args:
+        defaults: values that differ from the dataclasses' own.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = HfArgumentParser(
+        dataclasses, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    if argv and argv[0].endswith((".json", ".yaml", ".yml")):
+        recipe = read_recipe(argv.pop(0))
+        known = {action.dest for action in parser._actions}
+        for key in recipe:
+            if key not in known:
+                close = difflib.get_close_matches(key, known, n=1)
+                raise ValueError(f"the recipe's `{key}` is no argument." + (f" Did you mean `{close[0]}`?" if close else ""))
+        defaults |= recipe
+    parser.set_defaults(**defaults)
+    return parser.parse_args_into_dataclasses(args=argv)
+
+
+@contextmanager
+def user_errors():
+    """End the script with one line for a mistake in arguments or data. Wrap preparation only: an error in training is
+    a defect, and its traceback is wanted. `HF_CUSTOM_TRACEBACK=1` shows it here too."""
+    try:
+        yield
+    except (ValueError, OSError, StrictDataclassError) as error:
+        if os.environ.get("HF_CUSTOM_TRACEBACK") == "1":
+            raise
+        sys.exit(f"error: {' '.join(str(error).split())}")
