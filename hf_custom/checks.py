@@ -25,34 +25,56 @@ def _first_row_outside(tensor: torch.Tensor, low: int, high: int, ignore_index: 
     return int(index[0]), int(tensor[tuple(index)])
 
 
-def check_inputs(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, vocab_size: int) -> None:
-    """Exactly one of ids (..., T) and embeddings (B, T, D) is given, and the ids name rows of the vocabulary."""
+def input_shape(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> tuple[int, ...]:
+    """Shape (..., T) of the input, of which exactly one form is given: ids (..., T) or embeddings (..., T, D)."""
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("pass exactly one of `input_ids` and `inputs_embeds`.")
-    if input_ids is None:
-        return
-    if input_ids.is_floating_point():
-        raise TypeError(f"`input_ids` has dtype {input_ids.dtype}; pass integers, or real values as `inputs_embeds`.")
-    if _can_read(input_ids) and (found := _first_row_outside(input_ids, 0, vocab_size)):
+    return tuple(input_ids.shape) if input_ids is not None else tuple(inputs_embeds.shape[:-1])
+
+
+def check_ids(ids: torch.Tensor, vocab_size: int, name: str) -> None:
+    """Ids name rows of the vocabulary."""
+    if ids.is_floating_point():
+        raise TypeError(f"`{name}` has dtype {ids.dtype}; ids are integers. Pass real values as `inputs_embeds`.")
+    if _can_read(ids) and (found := _first_row_outside(ids, 0, vocab_size)):
         row, value = found
         raise ValueError(
-            f"`input_ids` holds {value} in row {row}, outside the vocabulary of {vocab_size} entries. "
+            f"`{name}` holds {value} in row {row}, outside the vocabulary of {vocab_size} entries. "
             "Use the tokenizer this model was trained with, or `model.resize_token_embeddings(len(tokenizer))`."
         )
 
 
 def check_attention_mask(attention_mask, batch_size: int, length: int, past_key_values=None) -> None:
-    """A 2-D mask (B, S) has a row a sequence and a column a token, cached ones first, or one a slot of a static cache."""
-    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
+    """A 2-D mask has a row a sequence and a column a token, cached ones first, or a column a slot of a static cache.
+
+    Ready masks of 4 dimensions, and what is no tensor, are the host's business.
+    """
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim == 4:
         return
     past_length = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
     capacity = past_key_values.get_max_length() if past_key_values is not None else -1
     needed = (batch_size, past_length + length)
-    if attention_mask.shape[0] != batch_size or attention_mask.shape[1] not in (needed[1], capacity):
+    if tuple(attention_mask.shape) not in (needed, (batch_size, capacity)):
         raise ValueError(
             f"`attention_mask` has shape {tuple(attention_mask.shape)} but {needed} is needed: one row a sequence, one "
             f"column a token, the {past_length} cached tokens included. Pass the mask that the tokenizer returned."
         )
+
+
+def check_encoder(encoder_hidden_states: torch.Tensor, encoder_attention_mask, has_cross_attention: bool) -> None:
+    """Encoder states (B, S, D) go to a model that reads them, and a 2-D mask of theirs is (B, S)."""
+    if not has_cross_attention:
+        raise ValueError(
+            "`encoder_hidden_states` was passed to a model without cross-attention. "
+            "Build it with `add_cross_attention=True` in the configuration."
+        )
+    if isinstance(encoder_attention_mask, torch.Tensor) and encoder_attention_mask.ndim < 4:
+        needed = tuple(encoder_hidden_states.shape[:2])
+        if tuple(encoder_attention_mask.shape) != needed:
+            raise ValueError(
+                f"`encoder_attention_mask` has shape {tuple(encoder_attention_mask.shape)} but {needed} is needed: one "
+                "column a state of the encoder. Pass the mask that the encoder was given."
+            )
 
 
 def check_positions(position_ids: torch.Tensor, num_positions: int, field: str) -> None:
@@ -70,7 +92,7 @@ def check_labels(labels: torch.Tensor, shape: tuple[int, ...], num_classes: int,
     """Integer labels have `shape` and lie in [0, `num_classes`) or are -100; `classes` names the field that says so."""
     if tuple(labels.shape) != tuple(shape):
         raise ValueError(
-            f"`{name}` has shape {tuple(labels.shape)} but {tuple(shape)} is needed, one label a position of the output."
+            f"`{name}` has shape {tuple(labels.shape)} but {tuple(shape)} is needed, a label for each output."
         )
     if labels.is_floating_point():
         raise TypeError(f"`{name}` has dtype {labels.dtype} but class indices are integers: use `.long()`.")
@@ -79,4 +101,28 @@ def check_labels(labels: torch.Tensor, shape: tuple[int, ...], num_classes: int,
         raise ValueError(
             f"`{name}` holds {value} in row {row}, but `{classes}` is {num_classes}: labels lie between 0 and "
             f"{num_classes - 1}, or are -100 to be ignored. Correct the label or `{classes}`."
+        )
+
+
+def check_probabilities(labels: torch.Tensor, name: str) -> None:
+    """Targets of independent labels lie between 0 and 1."""
+    if _can_read(labels) and (outside := (labels < 0) | (labels > 1)).any():
+        index = outside.nonzero()[0]
+        raise ValueError(
+            f"`{name}` holds {float(labels[tuple(index)]):g} in row {int(index[0])}, but the target of a label lies "
+            "between 0 and 1. For class indices set `problem_type='single_label_classification'`."
+        )
+
+
+def check_answer_positions(positions: torch.Tensor, batch_size: int, name: str) -> None:
+    """Token indices of an answer, (B,) or (B, 1), from 0; those beyond the sequence are ignored by the loss."""
+    if tuple(positions.shape) not in ((batch_size,), (batch_size, 1)):
+        raise ValueError(f"`{name}` has shape {tuple(positions.shape)} but {(batch_size,)} is needed: one a sequence.")
+    if positions.is_floating_point():
+        raise TypeError(f"`{name}` has dtype {positions.dtype} but token indices are integers: use `.long()`.")
+    if _can_read(positions) and (positions < 0).any():
+        row = int((positions < 0).nonzero()[0, 0])
+        raise ValueError(
+            f"`{name}` holds {int(positions.flatten()[row])} in row {row}. Use 0, the first token, for no answer, or a "
+            "position beyond the sequence for a row to ignore."
         )

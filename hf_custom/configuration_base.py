@@ -45,6 +45,7 @@ KNOWN_KEYS = frozenset(
         "quantization_config",
         "sep_token_id",
         "task_specific_params",
+        "tie_encoder_decoder",
         "tokenizer_class",
         "torch_dtype",
         "unk_token_id",
@@ -78,7 +79,7 @@ class CustomConfig(PreTrainedConfig):
         self.validate_architecture()
 
     def _refuse_misspelt_keys(self, kwargs):
-        names = {field.name for field in fields(self)} | set(self.attribute_map)
+        names = {field.name for field in fields(self)} | set(self.attribute_map) | {"num_labels"}
         for key in kwargs:
             if key in names or key in KNOWN_KEYS or key.startswith("_"):
                 continue
@@ -107,9 +108,10 @@ class CustomConfig(PreTrainedConfig):
             if hasattr(self, name):
                 self._check_size(self.attribute_map.get(name, name), getattr(self, name), limit)
         width, heads = self.hidden_size, self.num_attention_heads
+        width_field, heads_field, layers_field = (
+            self.attribute_map.get(name, name) for name in ("hidden_size", "num_attention_heads", "num_hidden_layers")
+        )
         if width % heads:
-            width_field = self.attribute_map.get("hidden_size", "hidden_size")
-            heads_field = self.attribute_map.get("num_attention_heads", "num_attention_heads")
             raise ValueError(
                 f"`{heads_field}` ({heads}) does not divide `{width_field}` ({width}). "
                 f"Choose a number of heads that does, for instance {_nearest_divisor(width, heads)}."
@@ -119,7 +121,7 @@ class CustomConfig(PreTrainedConfig):
         if parameters > MAX_PARAMETERS:
             raise ValueError(
                 f"this configuration describes about {parameters:,} parameters, more than {MAX_PARAMETERS:,}. "
-                "Reduce the number of layers, the width or the vocabulary."
+                f"Reduce `{layers_field}`, `{width_field}` or `vocab_size`."
             )
         for name, allowed in self.choices.items():
             if getattr(self, name) not in allowed:

@@ -28,6 +28,8 @@ class CustomGPT2Config(CustomConfig):
     """
 
     model_type = "custom_gpt2"
+    # Read by the host's encoder-decoder models, which set it to True.
+    is_decoder = False
     keys_to_ignore_at_inference = ["past_key_values"]
     attribute_map = {
         "hidden_size": "n_embd",

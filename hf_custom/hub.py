@@ -1,4 +1,4 @@
-"""What a trained model needs before others use it: a folder with code and card, and proof that the folder runs alone."""
+"""What a trained model needs before others use it: a folder with code and card, and proof that it runs alone."""
 
 import hashlib
 import os
@@ -16,7 +16,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Beside the package in a wheel, beside it one level up in a checkout.
 _CARDS = next(
-    (path for path in (Path(__file__).parent / "hub_cards", Path(__file__).parent.parent / "hub_cards") if path.is_dir()),
+    (
+        path
+        for path in (Path(__file__).parent / "hub_cards", Path(__file__).parent.parent / "hub_cards")
+        if path.is_dir()
+    ),
     None,
 )
 
@@ -60,6 +64,12 @@ def code_sha256(folder: str | Path) -> str:
     for file in sorted(Path(folder).glob("*.py")):
         digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()
+
+
+def _auto_class_of(model: PreTrainedModel) -> str:
+    """The Auto class that gives the model's own class, the most particular one where several do."""
+    name = type(model).__name__
+    return [auto for auto, reference in model.config.auto_classes.items() if reference.endswith(f".{name}")][-1]
 
 
 def render_card(
@@ -111,11 +121,7 @@ def render_card(
         template_path=str(_CARDS / "_template.md"),
         title=name,
         prose=(_CARDS / f"{family}.md").read_text(encoding="utf-8").strip(),
-        auto_class=next(
-            auto for auto, reference in model.config.auto_classes.items() if reference.endswith(f".{class_name}")
-        )
-        if task != "text-generation"
-        else "AutoModelForCausalLM",
+        auto_class=_auto_class_of(model),
         class_name=class_name,
         parameters=f"{model.num_parameters():,}",
         data_description=data,
@@ -165,16 +171,19 @@ def check_runs_alone(folder: str | Path, model: PreTrainedModel, input_ids: torc
     Raises:
         RuntimeError: when it does not load there or its logits are not those of `model`.
     """
-    auto_classes = model.config.auto_classes
-    auto_class = next(auto for auto, ref in reversed(auto_classes.items()) if ref.endswith(f".{type(model).__name__}"))
     with tempfile.TemporaryDirectory() as scratch:
         tensors = Path(scratch) / "expected.safetensors"
         logits = model.eval()(input_ids).logits
         save_file({"input_ids": input_ids.cpu(), "logits": logits.cpu().contiguous()}, tensors)
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": scratch, "HF_MODULES_CACHE": f"{scratch}/modules"}
+        environment = {
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "HF_HOME": scratch,
+            "HF_MODULES_CACHE": f"{scratch}/modules",
+        }
         environment.pop("PYTHONPATH", None)
         result = subprocess.run(
-            [sys.executable, "-c", _RELOAD, str(Path(folder).resolve()), str(tensors), auto_class],
+            [sys.executable, "-c", _RELOAD, str(Path(folder).resolve()), str(tensors), _auto_class_of(model)],
             cwd=scratch,
             env=environment,
             capture_output=True,

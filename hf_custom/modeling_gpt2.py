@@ -34,7 +34,16 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import eager_attention_forward, upcast_attention
-from .checks import check_attention_mask, check_inputs, check_labels, check_positions
+from .checks import (
+    check_answer_positions,
+    check_attention_mask,
+    check_encoder,
+    check_ids,
+    check_labels,
+    check_positions,
+    check_probabilities,
+    input_shape,
+)
 from .configuration_gpt2 import CustomGPT2Config
 from .layers import Conv1D, get_activation
 from .losses import sequence_classification_loss
@@ -205,6 +214,8 @@ class CustomGPT2PreTrainedModel(PreTrainedModel):
         "attentions": OutputRecorder(CustomGPT2Attention, layer_name=".attn", index=1),
         "cross_attentions": OutputRecorder(CustomGPT2Attention, layer_name=".crossattention", index=1),
     }
+    # Every class ships its code when saved; the registry names the Auto class of those that have one.
+    _auto_class = "AutoModel"
     # Causal masks that old checkpoints stored as buffers.
     _keys_to_ignore_on_load_unexpected = [r"attn\.bias$", r"attn\.masked_bias$", r"crossattention\.(masked_)?bias$"]
 
@@ -279,33 +290,25 @@ class CustomGPT2Model(CustomGPT2PreTrainedModel):
         kwargs.pop("output_attentions", None)
         kwargs.pop("output_hidden_states", None)
 
-        check_inputs(input_ids, inputs_embeds, self.config.vocab_size)
-        if encoder_hidden_states is not None and not self.config.add_cross_attention:
-            raise ValueError(
-                "`encoder_hidden_states` was passed to a model without cross-attention. "
-                "Build it with `add_cross_attention=True` in the configuration."
-            )
+        output_shape = (*input_shape(input_ids, inputs_embeds), self.config.hidden_size)
+        if encoder_hidden_states is not None:
+            check_encoder(encoder_hidden_states, encoder_attention_mask, self.config.add_cross_attention)
+        if token_type_ids is not None:
+            check_ids(token_type_ids, self.config.vocab_size, "token_type_ids")
         if input_ids is not None:
+            check_ids(input_ids, self.config.vocab_size, "input_ids")
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
-            output_shape = (*input_ids.shape, self.config.hidden_size)
             inputs_embeds = self.wte(input_ids.flatten(end_dim=-2))
-        else:
-            output_shape = inputs_embeds.shape
         batch_size, length = inputs_embeds.shape[:2]
 
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        if past_key_values is not None and self.config.add_cross_attention:
-            if not isinstance(past_key_values, EncoderDecoderCache):
-                past_key_values = EncoderDecoderCache(past_key_values, DynamicCache(config=self.config))
-
-        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim != 4:
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 3:
             attention_mask = attention_mask.flatten(end_dim=-2)
         if position_ids is not None:
             position_ids = position_ids.flatten(end_dim=-2)
         if not torch.compiler.is_compiling():
             check_attention_mask(attention_mask, batch_size, length, past_key_values)
-        # The mask is made from the caller's positions alone: they, restarting, mark packed documents.
+        # Made from the caller's positions and the caller's cache alone: positions that restart, without a cache, mark
+        # packed documents.
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -315,25 +318,13 @@ class CustomGPT2Model(CustomGPT2PreTrainedModel):
         )
         if position_ids is None:
             position_ids = self._count_positions(attention_mask, past_key_values, length)
-        if self.config.position_embedding_type == "learned":
-            check_positions(position_ids, self.config.max_position_embeddings, "n_positions")
+        hidden_states, position_embeddings = self._embed(inputs_embeds, token_type_ids, position_ids)
 
-        hidden_states = inputs_embeds
-        position_embeddings = None
-        if self.config.position_embedding_type == "learned":
-            hidden_states = hidden_states + self.wpe(position_ids)
-        elif self.config.position_embedding_type == "sinusoidal":
-            hidden_states = hidden_states + sinusoidal_positions(position_ids, self.config.hidden_size).to(
-                hidden_states.dtype
-            )
-        else:
-            position_embeddings = rotary_positions(
-                position_ids, self.config.hidden_size // self.config.num_attention_heads, self.config.rope_theta
-            )
-        if token_type_ids is not None:
-            hidden_states = hidden_states + self.wte(token_type_ids.flatten(end_dim=-2))
-        hidden_states = self.drop(hidden_states)
-
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if past_key_values is not None and self.config.add_cross_attention:
+            if not isinstance(past_key_values, EncoderDecoderCache):
+                past_key_values = EncoderDecoderCache(past_key_values, DynamicCache(config=self.config))
         if encoder_hidden_states is not None:
             encoder_attention_mask = create_bidirectional_mask(
                 config=self.config,
@@ -344,7 +335,7 @@ class CustomGPT2Model(CustomGPT2PreTrainedModel):
 
         is_checkpointing = self.gradient_checkpointing and self.training
         for block in self.h:
-            # Positional up to here, so that checkpointing sees every tensor that needs a gradient.
+            # Tensors that may need a gradient are positional, where checkpointing looks for them.
             hidden_states = block(
                 hidden_states,
                 None if is_checkpointing else past_key_values,
@@ -360,6 +351,23 @@ class CustomGPT2Model(CustomGPT2PreTrainedModel):
             last_hidden_state=self.ln_f(hidden_states).view(output_shape),
             past_key_values=past_key_values if use_cache else None,
         )
+
+    def _embed(self, inputs_embeds, token_type_ids, position_ids):
+        """Input of the first block (B, T, D), and the cosines and sines for all of them when positions are rotary."""
+        config, hidden_states, position_embeddings = self.config, inputs_embeds, None
+        if config.position_embedding_type == "learned":
+            check_positions(position_ids, config.max_position_embeddings, "n_positions")
+            hidden_states = hidden_states + self.wpe(position_ids)
+        elif config.position_embedding_type == "sinusoidal":
+            hidden_states = hidden_states + sinusoidal_positions(position_ids, config.hidden_size).to(
+                hidden_states.dtype
+            )
+        else:
+            head_size = config.hidden_size // config.num_attention_heads
+            position_embeddings = rotary_positions(position_ids, head_size, config.rope_theta)
+        if token_type_ids is not None:
+            hidden_states = hidden_states + self.wte(token_type_ids.flatten(end_dim=-2))
+        return self.drop(hidden_states), position_embeddings
 
     def _count_positions(self, attention_mask, past_key_values, length):
         """Positions of the new tokens, (B, T) or (1, T): the attended tokens before each, else all before it."""
@@ -403,8 +411,8 @@ class CustomGPT2ForCausalLM(CustomGPT2PreTrainedModel, GenerationMixin):
             labels: (B, T), usually `input_ids` itself; they are shifted inside. -100 is ignored.
             logits_to_keep: compute logits for the last so many positions only (0: all), or for those indices.
         """
+        shape = input_shape(input_ids, inputs_embeds)
         if labels is not None:
-            shape = input_ids.shape if input_ids is not None else inputs_embeds.shape[:-1]
             check_labels(labels, shape, self.config.vocab_size, "labels", "vocab_size")
         outputs = self.transformer(
             input_ids,
@@ -454,7 +462,7 @@ class CustomGPT2SequenceSummary(nn.Module):
         self.last_dropout = nn.Dropout(config.summary_last_dropout)
 
     def forward(self, hidden_states: torch.Tensor, cls_index: torch.LongTensor | None = None) -> torch.Tensor:
-        """(..., T, D) and, for `cls_index`, positions (...) -> (..., classes). The last position stands for no index."""
+        """(..., T, D), and positions (...) for `cls_index`, -> (..., classes). No positions: the last one is read."""
         if self.summary_type == "mean":
             output = hidden_states.mean(dim=-2)
         elif self.summary_type == "first":
@@ -504,7 +512,7 @@ class CustomGPT2DoubleHeadsModel(CustomGPT2PreTrainedModel, GenerationMixin):
             labels: (B, C, T), shifted inside; -100 is ignored.
             mc_labels: (B,), the right choice.
         """
-        shape = input_ids.shape if input_ids is not None else inputs_embeds.shape[:-1]
+        shape = input_shape(input_ids, inputs_embeds)
         if labels is not None:
             check_labels(labels, shape, self.config.vocab_size, "labels", "vocab_size")
         if mc_labels is not None:
@@ -567,7 +575,7 @@ class CustomGPT2ForSequenceClassification(CustomGPT2PreTrainedModel):
             labels: (B,) class indices, or reals (B,) or (B, L) for regression, or zeros and ones (B, L).
             num_items_in_batch: number of labels over all accumulated micro-batches, as the Trainer passes it.
         """
-        batch_size = (input_ids if input_ids is not None else inputs_embeds).shape[0]
+        batch_size = input_shape(input_ids, inputs_embeds)[0]
         if labels is not None:
             self._check_labels(labels, batch_size)
         last_token = self._last_tokens(input_ids, attention_mask, batch_size)
@@ -620,11 +628,14 @@ class CustomGPT2ForSequenceClassification(CustomGPT2PreTrainedModel):
                 self.config.problem_type = "multi_label_classification"
         if self.config.problem_type == "single_label_classification":
             check_labels(labels.view(-1), (batch_size,), self.num_labels, "labels", "num_labels")
-        elif labels.numel() != batch_size * self.num_labels:
+            return
+        if labels.numel() != batch_size * self.num_labels:
             raise ValueError(
                 f"`labels` has shape {tuple(labels.shape)} but {self.config.problem_type} with `num_labels` "
                 f"{self.num_labels} needs ({batch_size}, {self.num_labels}). Correct the labels or `num_labels`."
             )
+        if self.config.problem_type == "multi_label_classification":
+            check_probabilities(labels, "labels")
 
 
 class CustomGPT2ForTokenClassification(CustomGPT2PreTrainedModel):
@@ -652,8 +663,8 @@ class CustomGPT2ForTokenClassification(CustomGPT2PreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> TokenClassifierOutput:
         """Compute logits (B, T, L) and, given `labels` (B, T) with -100 ignored, the cross-entropy."""
+        shape = input_shape(input_ids, inputs_embeds)
         if labels is not None:
-            shape = input_ids.shape if input_ids is not None else inputs_embeds.shape[:-1]
             check_labels(labels, shape, self.num_labels, "labels", "num_labels")
         outputs = self.transformer(
             input_ids,
@@ -698,6 +709,10 @@ class CustomGPT2ForQuestionAnswering(CustomGPT2PreTrainedModel):
         Args:
             start_positions, end_positions: (B,), token indices; those beyond the sequence are ignored.
         """
+        shape = input_shape(input_ids, inputs_embeds)
+        for name, positions in (("start_positions", start_positions), ("end_positions", end_positions)):
+            if positions is not None:
+                check_answer_positions(positions, shape[0], name)
         outputs = self.transformer(
             input_ids,
             attention_mask=attention_mask,

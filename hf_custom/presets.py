@@ -4,11 +4,11 @@ from transformers import PreTrainedConfig
 
 from .configuration_gpt2 import CustomGPT2Config
 
-_SMALL = {"n_positions": 256, "resid_pdrop": 0.2, "embd_pdrop": 0.2, "attn_pdrop": 0.0}
+_SMALL = {"n_positions": 256, "resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.0}
 
 PRESETS: dict[str, tuple[type[PreTrainedConfig], dict]] = {
     # Small enough to learn on two processor cores.
-    "gpt2-mini": (CustomGPT2Config, {"n_embd": 192, "n_layer": 6, "n_head": 6, "vocab_size": 2048, **_SMALL}),
+    "gpt2-mini": (CustomGPT2Config, {"n_embd": 256, "n_layer": 4, "n_head": 4, "vocab_size": 1024, **_SMALL}),
     # The published sizes (Radford et al. 2019, table 2).
     "gpt2": (CustomGPT2Config, {}),
     "gpt2-medium": (CustomGPT2Config, {"n_embd": 1024, "n_layer": 24, "n_head": 16}),

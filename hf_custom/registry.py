@@ -33,19 +33,11 @@ def register(replace_stock: bool | None = None) -> None:
         config_class.register_for_auto_class()
         for auto_name, reference in config_class.auto_classes.items():
             if auto_name != "AutoConfig":
-                getattr(transformers, auto_name).register(config_class, _load(reference), exist_ok=True)
-        _ship_code_with(import_module(f".{config_class.auto_classes['AutoModel'].split('.')[0]}", __package__))
+                model_class = _load(reference)
+                getattr(transformers, auto_name).register(config_class, model_class, exist_ok=True)
+                model_class.register_for_auto_class(auto_name)
         if replace_stock is not None:
             _steer_stock(config_class, replace_stock)
-
-
-def _ship_code_with(module) -> None:
-    """Make `save_pretrained` of every model class in `module` copy its code beside the weights."""
-    for name in module.__all__:
-        model_class = getattr(module, name)
-        entries = [auto for auto, reference in model_class.config_class.auto_classes.items() if reference.endswith(f".{name}")]
-        # A class without an Auto class of its own still ships; `auto_classes` overrides its entry when saving.
-        model_class.register_for_auto_class(entries[-1] if entries else "AutoModel")
 
 
 def _steer_stock(config_class: type[PreTrainedConfig], replace: bool) -> None:

@@ -9,6 +9,9 @@ import reference
 import torch
 from reference import assert_gradients_near, assert_near, assert_outputs_near, gradients_of, real_outputs, weighted_sum
 from tiny import MODELS, OPTIONS, name_of
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from hf_custom.attention import eager_attention_forward, upcast_attention
 
@@ -17,6 +20,7 @@ HALVES = [torch.float16, torch.bfloat16]
 BASE_MODEL, CAUSAL_LM = MODELS[:2]
 # The host compiles flex attention even on the CPU, where it has no backward pass.
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="flex_attention needs a C++ compiler")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 needs_flash = pytest.mark.skipif(importlib.util.find_spec("flash_attn") is None, reason="flash_attn is not installed")
 
 # Query and key lengths: a whole sequence, a chunk after cached tokens, one token after cached tokens, one token.
@@ -61,7 +65,7 @@ def test_eager_without_mask_attends_everywhere():
     assert_near(output, reference.attention(*states, allowed, 6**-0.5)[0], 2e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 @pytest.mark.parametrize("upcast", [False, True])
 def test_eager_row_without_allowed_key_is_finite(upcast, dtype):
     allowed = torch.zeros(1, 3, 5, dtype=torch.bool)
@@ -83,7 +87,7 @@ def test_eager_drops_weights_in_training_only():
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_upcast_eager_rounds_weights_only(dtype, autocast):
     states = draw_states(7, 7, dtype=dtype, scale=3.0)
     allowed = reference.allowed_keys(7, torch.ones(1, 7))
@@ -98,15 +102,15 @@ def test_upcast_eager_rounds_weights_only(dtype, autocast):
     assert_near(output, expected, 1.1 * eps)
 
 
+def test_upcast_leaves_flash_kernels_alone():
+    # They hold the scores in float32 anyway, and take no float32 input.
+    assert upcast_attention(eager_attention_forward, "eager") is not eager_attention_forward
+    for name in ("flash_attention_2", "flash_attention_3"):
+        kernel = object()
+        assert upcast_attention(kernel, name) is kernel
+
+
 # --- Implementations, through the models ---
-
-
-def inputs_of(row, padding):
-    inputs = row.inputs(padding=padding)
-    if row.index_argument is not None:
-        mask = inputs["attention_mask"]
-        inputs[row.index_argument] = (mask * torch.arange(mask.shape[-1])).argmax(-1)
-    return inputs
 
 
 CASES = [
@@ -119,7 +123,7 @@ CASES = [
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("row, option", CASES)
 def test_sdpa_matches_eager_and_grad(row, option, padding):
-    model, inputs = row.build(**option), inputs_of(row, padding)
+    model, inputs = row.build(**option), row.indexed_inputs(padding)
     found = {}
     for implementation in ("eager", "sdpa"):
         model.set_attn_implementation(implementation)
@@ -129,16 +133,42 @@ def test_sdpa_matches_eager_and_grad(row, option, padding):
     assert_gradients_near(found["sdpa"][1], found["eager"][1])
 
 
-def overflowing(attn_implementation, dtype, **options):
-    """A layer whose scores lie beyond what float16 holds."""
+@pytest.mark.parametrize("padding", PADDINGS)
+@torch.no_grad()
+def test_rotary_positions_turn_queries_and_keys(padding):
+    model = BASE_MODEL.build(
+        n_layer=1, position_embedding_type="rope", rope_theta=500.0, attn_implementation="eager", n_positions=4
+    )
+    inputs = BASE_MODEL.inputs(padding=padding)
+    (query, key, value), output = heads_of(model, inputs)
+    mask = inputs["attention_mask"]
+    position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
+    query, key = (reference.rotate(states, position_ids, 500.0) for states in (query, key))
+    allowed = reference.allowed_keys(mask.shape[1], mask)
+    expected, _ = reference.attention(query, key, value, allowed, model.h[0].attn.scaling)
+    assert_near(output[mask.bool()], expected[mask.bool()], 2e-6)
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@torch.no_grad()
+def test_sinusoidal_positions_are_added_to_embeddings(padding):
+    model, inputs = BASE_MODEL.build(position_embedding_type="sinusoidal"), BASE_MODEL.inputs(padding=padding)
+    states = model(**inputs, output_hidden_states=True).hidden_states[0]
+    mask = inputs["attention_mask"]
+    expected = model.wte(inputs["input_ids"]) + reference.sinusoids(mask.cumsum(-1) - 1, model.config.n_embd)
+    assert_near(states[mask.bool()], expected[mask.bool()], 2e-6)
+
+
+def sharpened(attn_implementation, dtype, **options):
+    """One layer whose scores half precision cannot hold: beyond float16's range, or amid bfloat16's wide steps."""
     model = BASE_MODEL.build(n_layer=1, attn_implementation=attn_implementation, **options)
     with torch.no_grad():
-        model.h[0].attn.c_attn.weight[:, : 2 * model.config.n_embd] *= 200
+        model.h[0].attn.c_attn.weight[:, : 2 * model.config.n_embd] *= 200 if dtype == torch.float16 else 6
     return model.to(dtype)
 
 
-def attend_in(model, inputs):
-    """Queries, keys and values of the only layer, and its output before the last projection, by forward hooks."""
+def heads_of(model, inputs):
+    """Queries, keys and values (B, H, T, K) of the only layer, and its output (B, T, H, K), by hooks."""
     layer, seen = model.h[0].attn, {}
     layer.c_attn.register_forward_hook(lambda module, args, output: seen.update(projections=output))
     layer.c_proj.register_forward_pre_hook(lambda module, args: seen.update(output=args[0]))
@@ -149,37 +179,56 @@ def attend_in(model, inputs):
     return states, seen["output"].unflatten(-1, heads)
 
 
-def assert_upcast_attends_as_naive(attn_implementation, dtype, padding):
-    model = overflowing(attn_implementation, dtype, reorder_and_upcast_attn=True)
-    inputs = BASE_MODEL.inputs(padding=padding)
+def attention_error(model, inputs):
+    """Largest difference of the layer's attention from the naive one, in roundings of its type."""
+    (query, key, value), output = heads_of(model, inputs)
     mask = inputs["attention_mask"]
-    states, output = attend_in(model, inputs)
-    assert (states[0].float() @ states[1].float().transpose(-1, -2)).abs().max() * model.h[0].attn.scaling > 2**16
-    expected, _ = reference.attention(*states, reference.allowed_keys(mask.shape[1], mask), model.h[0].attn.scaling)
-    assert output.dtype == dtype
-    # Half a unit in the last place for each of the two roundings, of the weights and of the output.
-    assert_near(output[mask.bool()], expected[mask.bool()], 1.1 * torch.finfo(dtype).eps)
+    allowed = reference.allowed_keys(mask.shape[1], mask)
+    expected, _ = reference.attention(query, key, value, allowed, model.h[0].attn.scaling)
+    difference = (output - expected)[mask.bool()].abs().max() / expected[mask.bool()].abs().max()
+    return difference.item() / (0.5 * torch.finfo(output.dtype).eps)
 
 
 @pytest.mark.parametrize("padding", PADDINGS)
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
-def test_upcast_attends_beyond_range_of_half(attn_implementation, dtype, padding):
-    assert_upcast_attends_as_naive(attn_implementation, dtype, padding)
+def test_upcast_attends_as_naive_where_half_cannot(attn_implementation, dtype, padding):
+    model = sharpened(attn_implementation, dtype, reorder_and_upcast_attn=True)
+    inputs = BASE_MODEL.inputs(padding=padding)
+    # Two roundings, of the weights and of the output.
+    assert attention_error(model, inputs) <= 2.2
+    plain = sharpened("eager", dtype, reorder_and_upcast_attn=False)
+    assert not attention_error(plain, inputs) <= 4
 
 
-def test_half_attention_overflows_without_upcast():
-    _, output = attend_in(overflowing("eager", torch.float16), BASE_MODEL.inputs())
-    assert not output.isfinite().all()
+@pytest.mark.parametrize("upcast", [True, False])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_upcast_hands_float32_to_any_implementation(dtype, upcast):
+    seen = set()
+
+    def spy(module, query, key, value, attention_mask, **kwargs):
+        seen.update({query.dtype, key.dtype, value.dtype, torch.is_autocast_enabled("cpu")})
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+    AttentionInterface.register("spy", spy)
+    AttentionMaskInterface.register("spy", sdpa_mask)
+    model = BASE_MODEL.build(attn_implementation="spy", reorder_and_upcast_attn=upcast).to(dtype)
+    inputs = BASE_MODEL.inputs(padding="left")
+    with torch.autocast("cpu", dtype=dtype):
+        assert model(**inputs).last_hidden_state.isfinite().all()
+    assert seen == ({torch.float32, False} if upcast else {dtype, True})
 
 
 @needs_compiler
-def test_upcast_flex_attends_beyond_range_of_half():
-    assert_upcast_attends_as_naive("flex_attention", torch.float16, "left")
+def test_upcast_flex_attends_as_naive_where_half_cannot():
+    model = sharpened("flex_attention", torch.float16, reorder_and_upcast_attn=True)
+    assert attention_error(model, BASE_MODEL.inputs(padding="left")) <= 2.2
 
 
 @needs_compiler
-@pytest.mark.parametrize("option", [{}, {"reorder_and_upcast_attn": True}, {"position_embedding_type": "rope"}], ids=name_of)
+@pytest.mark.parametrize(
+    "option", [{}, {"reorder_and_upcast_attn": True}, {"position_embedding_type": "rope"}], ids=name_of
+)
 @pytest.mark.parametrize("padding", ["left", "right"])
 @torch.no_grad()
 def test_flex_matches_eager(padding, option):
@@ -191,14 +240,14 @@ def test_flex_matches_eager(padding, option):
 
 @pytest.mark.parametrize("upcast", [False, True])
 @pytest.mark.parametrize("padding", PADDINGS)
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize(
     "attn_implementation, device",
     [
         ("eager", "cpu"),
         ("sdpa", "cpu"),
-        pytest.param("sdpa", "cuda", marks=pytest.mark.gpu),
-        pytest.param("flash_attention_2", "cuda", marks=[pytest.mark.gpu, needs_flash]),
+        pytest.param("sdpa", "cuda", marks=[pytest.mark.gpu, needs_gpu]),
+        pytest.param("flash_attention_2", "cuda", marks=[pytest.mark.gpu, needs_gpu, needs_flash]),
     ],
 )
 def test_half_matches_float32_and_grad(attn_implementation, device, dtype, padding, upcast):

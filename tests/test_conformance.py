@@ -214,6 +214,16 @@ def test_resized_vocabulary_keeps_its_rows(row, option, size):
     assert objective(model, batch).isfinite()
 
 
+@each_model
+def test_replaced_embeddings_are_the_ones_read(row):
+    model, inputs = row.build(tie_word_embeddings=False), row.inputs()
+    constant = torch.nn.Embedding.from_pretrained(torch.ones(VOCAB, model.config.hidden_size))
+    model.set_input_embeddings(constant)
+    assert model.get_input_embeddings() is constant
+    others = {**inputs, "input_ids": inputs["input_ids"].flip(-1)}
+    assert_equal(tensors_of(model(**inputs)), tensors_of(model(**others)), **EXACT)
+
+
 @pytest.mark.parametrize("is_tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("row", [row for row in MODELS if row.model_class._tied_weights_keys], ids=name_of)
 def test_tied_weights_are_one_tensor_stored_once(row, is_tied, tmp_path):
@@ -234,7 +244,7 @@ def micro_batches(row, draw_labels, rows=4):
         if labels.ndim == 1:
             labels[-1] = -100
         else:
-            for index, count in enumerate((1, 3, 6, LENGTH)):
+            for index, count in enumerate((0, 3, 6, LENGTH)):
                 labels[index, ..., :count] = -100
     return batch, [{name: tensor[index : index + 1] for name, tensor in batch.items()} for index in range(rows)]
 

@@ -31,9 +31,7 @@ def tokenizer():
 
 
 def test_embedded_corpus_repeats_no_paragraph():
-    paragraphs = [
-        " ".join(paragraph.split()) for text in embedded_corpus()["text"] for paragraph in text.split("\n\n")
-    ]
+    paragraphs = [" ".join(paragraph.split()) for text in embedded_corpus()["text"] for paragraph in text.split("\n\n")]
     assert len(paragraphs) > 1000
     assert len(set(paragraphs)) == len(paragraphs)
 
@@ -171,9 +169,9 @@ def test_id_outside_the_vocabulary_names_its_row(tokenizer, streaming):
 
 
 def test_negative_id_and_empty_row():
-    check_token_ids([[], [0]], 1)
+    check_token_ids([[], [0]], 1, rows=[0, 1])
     with pytest.raises(ValueError, match="row 4 .* token id -1"):
-        check_token_ids([[0], [0, -1]], 1, first_row=3)
+        check_token_ids([[0], [0, -1]], 1, rows=[3, 4])
 
 
 def test_text_that_fills_no_block_is_refused(tokenizer):

@@ -71,6 +71,13 @@ class TinyModel:
         mask = mask.view_as(input_ids)
         return {"input_ids": input_ids.masked_fill(~mask, VOCAB - 1), "attention_mask": mask.long()}
 
+    def indexed_inputs(self, padding: str | None = None) -> dict[str, torch.Tensor]:
+        """The inputs and, for a class that takes one, the last real position of each sequence."""
+        inputs = self.inputs(padding=padding)
+        if self.index_argument is not None:
+            inputs[self.index_argument] = (inputs["attention_mask"] * torch.arange(LENGTH)).argmax(-1)
+        return inputs
+
 
 def widen(model, std: float = 0.2):
     """Draw every parameter with standard deviation `std`: at the usual 0.02 a wrong activation would go unseen."""

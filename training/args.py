@@ -57,9 +57,11 @@ class ModelArguments:
     config_overrides: str | None = field(
         default=None, metadata={"help": "fields to change in it, as `n_layer=4,position_embedding_type=rope`"}
     )
-    attn_implementation: str = field(default="sdpa", metadata={"help": "sdpa, eager, flex_attention, flash_attention_2"})
+    attn_implementation: str = field(
+        default="sdpa", metadata={"help": "sdpa, eager, flex_attention, flash_attention_2"}
+    )
     tokenizer_name: str | None = field(default=None, metadata={"help": "tokenizer, when it is not the checkpoint's"})
-    vocab_size: int = field(default=2048, metadata={"help": "size of the tokenizer trained when none is named"})
+    vocab_size: int = field(default=1024, metadata={"help": "size of the tokenizer trained when none is named"})
 
 
 def read_recipe(path: str) -> dict:
@@ -90,7 +92,9 @@ def parse_arguments(dataclasses, argv: list[str] | None, description: str, **def
         for key in recipe:
             if key not in known:
                 close = difflib.get_close_matches(key, known, n=1)
-                raise ValueError(f"the recipe's `{key}` is no argument." + (f" Did you mean `{close[0]}`?" if close else ""))
+                raise ValueError(
+                    f"the recipe's `{key}` is no argument." + (f" Did you mean `{close[0]}`?" if close else "")
+                )
         defaults |= recipe
     parser.set_defaults(**defaults)
     return parser.parse_args_into_dataclasses(args=argv)

@@ -26,6 +26,8 @@ BUILDERS = {
 }
 # With fewer rows than this a split by rows would be all or nothing, so every document gives its own end instead.
 FEWEST_ROWS_TO_SPLIT = 20
+# Column that remembers the place of ready-made ids in the data as given, for a message about one of them.
+ROW = "row_of_the_data"
 
 
 def embedded_corpus() -> Dataset:
@@ -136,6 +138,8 @@ def check_column(rows: Dataset | IterableDataset, column: str) -> None:
 def split_held_out(rows: Dataset, column: str, fraction: float, seed: int) -> DatasetDict:
     """Hold out a share of the text: whole rows drawn with `seed` or, of a few long documents, the end of each."""
     if len(rows) >= FEWEST_ROWS_TO_SPLIT or column not in rows.column_names:
+        if "input_ids" in rows.column_names:
+            rows = rows.add_column(ROW, range(len(rows)))
         parts = rows.train_test_split(test_size=fraction, seed=seed)
         return DatasetDict(train=parts["train"], validation=parts["test"])
     heads, tails = [], []
@@ -147,7 +151,8 @@ def split_held_out(rows: Dataset, column: str, fraction: float, seed: int) -> Da
     if not any(heads):
         raise ValueError("the text is too short to hold some of it out. Give more, or name --validation_files.")
     return DatasetDict(
-        train=Dataset.from_dict({column: [text for text in heads if text]}), validation=Dataset.from_dict({column: tails})
+        train=Dataset.from_dict({column: [text for text in heads if text]}),
+        validation=Dataset.from_dict({column: tails}),
     )
 
 
@@ -183,9 +188,9 @@ def load_text(
     return (IterableDatasetDict if streaming else DatasetDict)(train=rows, validation=validation)
 
 
-def check_token_ids(rows: list[list[int]], vocab_size: int, first_row: int = 0) -> None:
+def check_token_ids(documents: list[list[int]], vocab_size: int, rows: Iterable[int]) -> None:
     """Refuse ids outside the vocabulary, naming the row of the data they stand in."""
-    for row, ids in enumerate(rows, start=first_row):
+    for row, ids in zip(rows, documents, strict=True):
         if len(ids) and not (0 <= min(ids) and max(ids) < vocab_size):
             bad = next(value for value in ids if not 0 <= value < vocab_size)
             raise ValueError(
@@ -214,7 +219,7 @@ def tokenize_blocks(rows, tokenizer, column: str, block_size: int, vocab_size: i
         else:
             texts = ["" if text is None else text for text in batch[column]]
             documents = [ids + [tokenizer.eos_token_id] for ids in tokenizer(texts, verbose=False)["input_ids"]]
-        check_token_ids(documents, vocab_size, indices[0])
+        check_token_ids(documents, vocab_size, batch.get(ROW, indices))
         ids = np.concatenate([np.asarray(document, dtype=np.int64) for document in documents])
         ids = ids[: len(ids) // block_size * block_size]
         return {"input_ids": ids.reshape(-1, block_size)}
@@ -228,7 +233,7 @@ def tokenize_blocks(rows, tokenizer, column: str, block_size: int, vocab_size: i
 
 
 def token_stream(rows: Iterable[dict], tokenizer, column: str) -> torch.Tensor:
-    """All documents as one row of ids, each preceded by the end token: (N,). The first id is context, never a target."""
+    """All documents as one row of ids (N,), each after an end token. The first id is context only, never a target."""
 
     def ids() -> Iterator[int]:
         for row in rows:

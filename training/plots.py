@@ -8,7 +8,9 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402 - the backend is chosen before
 
 
-def plot_loss_curve(log_history: list[dict], path: str | Path, title: str, levels: dict[str, float] | None = None) -> None:
+def plot_loss_curve(
+    log_history: list[dict], path: str | Path, title: str, levels: dict[str, float] | None = None
+) -> None:
     """Training and validation loss against the step, as a PNG.
 
     Args:

@@ -1,8 +1,8 @@
 """The main job from nothing to a published model, in minutes on two processor cores and without a network.
 
-Trains a byte-level BPE tokenizer and a GPT-2 of a few million parameters on Python's language reference, measures it on
-held-out text beside a bigram model and the `xz` compressor, saves it with its code, card and loss curve, reloads it in a
-process that cannot import this package, and lets it write.
+Trains a byte-level BPE tokenizer and a GPT-2 of a few million parameters on Python's language reference, measures it
+on held-out text beside a bigram model and the `xz` compressor, saves it with its code, card and loss curve, reloads it
+in a process that cannot import this package, and lets it write.
 
 Examples:
   python -m training.quickstart
@@ -29,7 +29,7 @@ from training.run_clm import DEFAULTS, Run, prepare
 
 RECIPE = Path(__file__).parent / "recipes" / "clm_mini.yaml"
 NAME = "gpt2-mini"
-PROMPT = "The \"for\" statement is used to"
+PROMPT = 'The "for" statement is used to'
 
 
 def measure(run: Run) -> tuple[dict[str, dict[str, float]], TextScore]:
@@ -73,15 +73,14 @@ def main(argv: list[str] | None = None) -> int:
         defaults = {**DEFAULTS, **read_recipe(str(RECIPE)), "output_dir": "runs/quickstart"}
         arguments = parse_arguments((ModelArguments, DataArguments, TrainingArguments), argv, __doc__, **defaults)
         run = prepare(*arguments)
-    print(f"{run.model.num_parameters():,} parameters, {len(run.trainer.train_dataset)} blocks of {run.data.block_size} tokens")
+    blocks = len(run.trainer.train_dataset)
+    print(f"{run.model.num_parameters():,} parameters, {blocks} blocks of {run.data.block_size} tokens")
     run.trainer.train()
 
     rows, bigram = measure(run)
     output_dir = Path(run.trainer.args.output_dir)
     curve, metrics_file = output_dir / "loss_curve.png", output_dir / "metrics.json"
-    plot_loss_curve(
-        run.trainer.state.log_history, curve, f"{NAME} on {run.data.description}", {"bigram model": bigram.nats / bigram.tokens}
-    )
+    plot_loss_curve(run.trainer.state.log_history, curve, NAME, {"bigram model": bigram.nats / bigram.tokens})
     metrics_file.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     sample = write_sample(run)
     folder = save_model_folder(

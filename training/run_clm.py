@@ -10,13 +10,15 @@ Examples:
   # from a recipe, with one value changed
   python -m training.run_clm training/recipes/clm_mini.yaml --learning_rate 5e-4
 
-  # two processes on one machine; any number of GPUs the same way
+  # two processes on one machine, GPUs or (with --use_cpu) processors
   torchrun --nproc_per_node 2 -m training.run_clm training/recipes/clm_mini.yaml
   accelerate launch --config_file training/accelerate/ddp.yaml -m training.run_clm training/recipes/clm_mini.yaml
 
   # models that do not fit one GPU
-  accelerate launch --config_file training/accelerate/fsdp2.yaml -m training.run_clm training/recipes/clm_mini.yaml
-  accelerate launch --config_file training/accelerate/deepspeed_zero3.yaml -m training.run_clm training/recipes/clm_mini.yaml
+  accelerate launch --config_file training/accelerate/fsdp2.yaml -m training.run_clm \\
+    training/recipes/clm_mini.yaml
+  accelerate launch --config_file training/accelerate/deepspeed_zero3.yaml -m training.run_clm \\
+    training/recipes/clm_mini.yaml
 """
 
 import json
@@ -148,7 +150,9 @@ def prepare_model(model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase
             "Use the tokenizer of the checkpoint."
         )
     if block_size > positions:
-        raise ValueError(f"--block_size is {block_size} but the model has {positions} positions. Use at most {positions}.")
+        raise ValueError(
+            f"--block_size is {block_size} but the model has {positions} positions. Use no more than that."
+        )
     return model
 
 
@@ -157,7 +161,7 @@ def parse_overrides(text: str | None) -> dict:
     pairs = [item.partition("=") for item in text.split(",")] if text else []
     for key, equals, value in pairs:
         if not (key and equals and value):
-            raise ValueError(f"--config_overrides has an item {key + equals + value!r}; write `field=value,field=value`.")
+            raise ValueError(f"--config_overrides has {key + equals + value!r}; write `field=value,field=value`.")
     return {key.strip(): yaml.safe_load(value) for key, _, value in pairs}
 
 

@@ -1,6 +1,6 @@
 """Train a tokenizer with the `tokenizers` library and save it as a class that stock Transformers knows.
 
-    python -m training.tokenizer --output_dir runs/tokenizer --vocab_size 4096 --files my_text.txt
+python -m training.tokenizer --output_dir runs/tokenizer --vocab_size 4096 --files my_text.txt
 """
 
 import argparse
@@ -15,7 +15,13 @@ from training.data import load_text
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|pad|>"
-BERT_TOKENS = {"unk_token": "[UNK]", "sep_token": "[SEP]", "pad_token": "[PAD]", "cls_token": "[CLS]", "mask_token": "[MASK]"}
+BERT_TOKENS = {
+    "unk_token": "[UNK]",
+    "sep_token": "[SEP]",
+    "pad_token": "[PAD]",
+    "cls_token": "[CLS]",
+    "mask_token": "[MASK]",
+}
 
 
 def train_byte_level_bpe(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -1,0 +1,340 @@
+"""Configurations: each declared field survives JSON, is checked, and changes something that can be observed."""
+
+import ast
+import inspect
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassFieldValidationError
+from tiny import GPT2, VOCAB, widen
+from transformers import AutoConfig, GPT2Config, PreTrainedConfig, set_seed
+
+from hf_custom import (
+    CustomGPT2Config,
+    CustomGPT2DoubleHeadsModel,
+    CustomGPT2ForCausalLM,
+    CustomGPT2ForSequenceClassification,
+    CustomGPT2ForTokenClassification,
+)
+from hf_custom.registry import FAMILIES
+
+IDS = torch.arange(24).view(2, 12) % 8
+
+
+def shapes(config, model_class=CustomGPT2ForCausalLM):
+    with torch.device("meta"):
+        return {name: tuple(parameter.shape) for name, parameter in model_class(config).named_parameters()}
+
+
+def wide_model(config, model_class=CustomGPT2ForCausalLM):
+    model = model_class(config)
+    set_seed(0)
+    return widen(model)
+
+
+def logits(config, model_class=CustomGPT2ForCausalLM, dtype=torch.float32):
+    """In training mode, so that dropout shows; it is zero in `GPT2` where it is not the field in question."""
+    model = wide_model(config, model_class).train().to(dtype)
+    set_seed(1)
+    return model(IDS).logits.tolist()
+
+
+def sequence_logits(config):
+    return logits(config, CustomGPT2ForSequenceClassification)
+
+
+def token_logits(config):
+    return logits(config, CustomGPT2ForTokenClassification)
+
+
+def half_logits(config):
+    return logits(config, dtype=torch.bfloat16)
+
+
+def choice_logits(config):
+    model = wide_model(config, CustomGPT2DoubleHeadsModel).train()
+    return model(IDS.view(2, 2, 6), mc_token_ids=torch.full((2, 2), 3)).mc_logits.tolist()
+
+
+def choice_shapes(config):
+    return shapes(config, CustomGPT2DoubleHeadsModel)
+
+
+def first_std(config):
+    set_seed(0)
+    return CustomGPT2ForCausalLM(config).transformer.wte.weight.std().item()
+
+
+def has_cache(config):
+    return wide_model(config)(IDS).past_key_values is not None
+
+
+def tokens_from_nothing(config):
+    return wide_model(config).eval().generate(max_new_tokens=2, do_sample=False).tolist()
+
+
+def generated_length(config):
+    return wide_model(config).eval().generate(IDS[:1], max_new_tokens=5, do_sample=False).shape[-1]
+
+
+@dataclass(frozen=True)
+class Effect:
+    """A value that is not the default, what it changes, and the other fields it needs to do so."""
+
+    value: object
+    observe: Callable
+    beside: dict = field(default_factory=dict)
+
+
+# One row a declared field.
+EFFECTS = {
+    CustomGPT2Config: {
+        "vocab_size": Effect(VOCAB + 5, shapes),
+        "n_positions": Effect(48, shapes),
+        "n_embd": Effect(48, shapes),
+        "n_layer": Effect(2, shapes),
+        "n_head": Effect(2, logits),
+        "n_inner": Effect(40, shapes),
+        "activation_function": Effect("relu", logits),
+        "resid_pdrop": Effect(0.5, logits),
+        "embd_pdrop": Effect(0.4, logits),
+        "attn_pdrop": Effect(0.3, logits),
+        "layer_norm_epsilon": Effect(0.2, logits),
+        "initializer_range": Effect(0.5, first_std),
+        "summary_type": Effect("mean", choice_logits),
+        "summary_use_proj": Effect(False, choice_shapes),
+        "summary_activation": Effect("tanh", choice_logits),
+        "summary_proj_to_labels": Effect(False, choice_shapes),
+        "summary_first_dropout": Effect(0.5, choice_logits),
+        "summary_last_dropout": Effect(0.5, choice_logits),
+        "scale_attn_weights": Effect(False, logits),
+        "use_cache": Effect(False, has_cache),
+        "bos_token_id": Effect(5, tokens_from_nothing),
+        "eos_token_id": Effect(list(range(VOCAB)), generated_length),
+        "pad_token_id": Effect(7, sequence_logits),
+        "scale_attn_by_inverse_layer_idx": Effect(True, logits),
+        "reorder_and_upcast_attn": Effect(True, half_logits),
+        "add_cross_attention": Effect(True, shapes),
+        "tie_word_embeddings": Effect(False, shapes),
+        "position_embedding_type": Effect("sinusoidal", shapes),
+        "rope_theta": Effect(50.0, logits, {"position_embedding_type": "rope"}),
+        "classifier_dropout": Effect(0.5, token_logits),
+    }
+}
+BASES = {CustomGPT2Config: GPT2}
+STOCK = {CustomGPT2Config: GPT2Config}
+
+each_field = pytest.mark.parametrize(
+    ("config_class", "name"), [(config_class, name) for config_class, rows in EFFECTS.items() for name in rows]
+)
+each_class = pytest.mark.parametrize("config_class", EFFECTS)
+
+
+def test_every_declared_field_has_a_row():
+    assert EFFECTS.keys() == {config_class for config_class, _ in FAMILIES}
+    shared = {item.name for item in fields(PreTrainedConfig)}
+    for config_class, rows in EFFECTS.items():
+        assert rows.keys() == {item.name for item in fields(config_class)} - shared
+
+
+@each_field
+def test_field_has_an_effect(config_class, name):
+    effect = EFFECTS[config_class][name]
+    base = {**BASES[config_class], **effect.beside}
+    before = effect.observe(config_class(**base))
+    assert effect.observe(config_class(**base)) == before
+    assert effect.observe(config_class(**{**base, name: effect.value})) != before
+
+
+def test_initializer_range_is_the_scale():
+    assert first_std(CustomGPT2Config(**{**GPT2, "initializer_range": 0.5})) == pytest.approx(0.5, rel=0.1)
+
+
+@each_class
+def test_every_field_survives_json(config_class, tmp_path):
+    values = {name: effect.value for name, effect in EFFECTS[config_class].items()}
+    default = config_class()
+    assert all(value != getattr(default, name) for name, value in values.items())
+    config = config_class(**values)
+    config.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert {name: stored[name] for name in values} == values
+    for loaded in (config_class.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
+        assert type(loaded) is config_class
+        assert {name: getattr(loaded, name) for name in values} == values
+        assert loaded.to_json_string() == config.to_json_string()
+
+
+@each_class
+def test_stock_fields_have_stock_types_and_defaults(config_class):
+    stock = STOCK[config_class]
+    ours = {item.name: (item.type, item.default) for item in fields(config_class)}
+    assert {item.name: (item.type, item.default) for item in fields(stock)}.items() <= ours.items()
+    assert config_class.attribute_map == stock.attribute_map
+
+
+@each_class
+def test_default_and_stock_dictionary_load_in_silence(config_class, caplog):
+    config = config_class.from_dict(STOCK[config_class]().to_dict())
+    assert config.model_type == config_class.model_type
+    assert config.to_dict() == config_class().to_dict()
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("model_type", CustomGPT2Config.stock_model_types)
+def test_stock_folder_loads_in_silence(model_type, tmp_path, caplog):
+    stored = {**GPT2Config(n_layer=3).to_dict(), "model_type": model_type}
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    config = CustomGPT2Config.from_pretrained(tmp_path)
+    assert (config.model_type, config.n_layer) == ("custom_gpt2", 3)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("n_layer", "3"),
+        ("n_layer", 2.0),
+        ("n_layer", True),
+        ("n_embd", None),
+        ("n_inner", 2.5),
+        ("activation_function", 3),
+        ("layer_norm_epsilon", 1),
+        ("resid_pdrop", None),
+        ("use_cache", "yes"),
+        ("eos_token_id", [1, "2"]),
+        ("tie_word_embeddings", 1),
+        ("position_embedding_type", None),
+        ("rope_theta", "10000"),
+    ],
+)
+def test_wrong_type_is_refused_by_name(name, value):
+    with pytest.raises(StrictDataclassFieldValidationError, match=f"'{name}'"):
+        CustomGPT2Config(**{name: value})
+    config = CustomGPT2Config()
+    with pytest.raises(StrictDataclassFieldValidationError, match=f"'{name}'"):
+        setattr(config, name, value)
+
+
+@pytest.mark.parametrize(
+    ("misspelt", "meant"),
+    {
+        "n_heads": "n_head",
+        "num_head": "n_head",
+        "n_layers": "n_layer",
+        "num_layers": "n_layer",
+        "n_embed": "n_embd",
+        "n_postions": "n_positions",
+        "hiden_size": "hidden_size",
+        "layer_norm_eps": "layer_norm_epsilon",
+        "vocab_sizes": "vocab_size",
+        "atn_pdrop": "attn_pdrop",
+        "resid_dropout": "resid_pdrop",
+        "position_embeding_type": "position_embedding_type",
+        "rope_thet": "rope_theta",
+        "activation_fn": "activation_function",
+        "tie_word_embedding": "tie_word_embeddings",
+        "add_cross_atention": "add_cross_attention",
+        "pad_token": "pad_token_id",
+        "num_label": "num_labels",
+        "id2labels": "id2label",
+        "problem_typ": "problem_type",
+    }.items(),
+)
+def test_misspelt_field_is_refused_with_the_right_name(misspelt, meant):
+    with pytest.raises(ValueError, match=rf"`{misspelt}`.*did you mean `{meant}`"):
+        CustomGPT2Config(**{misspelt: 1})
+
+
+# What published GPT-2 repositories hold beside the declared fields: old GPT-2 files, and the full dictionaries that
+# Transformers 4 wrote for the decoder of an encoder-decoder.
+KNOWN = {
+    "_name_or_path": "gpt2",
+    "_num_labels": 1,
+    "apply_query_key_layer_scaling": True,
+    "architectures": ["GPT2LMHeadModel"],
+    "attn_implementation": "eager",
+    "bad_words_ids": None,
+    "begin_suppress_tokens": None,
+    "chunk_size_feed_forward": 0,
+    "cls_token_id": 3,
+    "cross_attention_hidden_size": None,
+    "decoder_start_token_id": 50256,
+    "diversity_penalty": 0.0,
+    "do_sample": True,
+    "early_stopping": False,
+    "encoder_no_repeat_ngram_size": 0,
+    "exponential_decay_length_penalty": None,
+    "finetuning_task": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "gradient_checkpointing": False,
+    "id2label": {"0": "LABEL_0", "1": "LABEL_1"},
+    "is_decoder": True,
+    "is_encoder_decoder": False,
+    "label2id": {"LABEL_0": 0, "LABEL_1": 1},
+    "length_penalty": 1.0,
+    "max_length": 50,
+    "min_length": 0,
+    "n_ctx": 1024,
+    "n_special": 0,
+    "no_repeat_ngram_size": 0,
+    "normalize_attention_scores": True,
+    "num_beam_groups": 1,
+    "num_beams": 1,
+    "num_labels": 3,
+    "num_return_sequences": 1,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "output_past": True,
+    "output_scores": False,
+    "predict_special_tokens": True,
+    "prefix": None,
+    "problem_type": None,
+    "pruned_heads": {},
+    "remove_invalid_values": False,
+    "repetition_penalty": 1.0,
+    "return_dict": True,
+    "return_dict_in_generate": False,
+    "sep_token_id": None,
+    "suppress_tokens": None,
+    "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
+    "temperature": 1.0,
+    "tf_legacy_loss": False,
+    "tie_encoder_decoder": False,
+    "tokenizer_class": "GPT2Tokenizer",
+    "top_k": 50,
+    "top_p": 1.0,
+    "torch_dtype": "float32",
+    "torchscript": False,
+    "transformers_version": "4.9.2",
+    "typical_p": 1.0,
+    "use_bfloat16": False,
+    "use_cache": True,
+}
+
+
+@pytest.mark.parametrize("key", KNOWN)
+def test_key_of_published_repositories_is_accepted(key):
+    assert CustomGPT2Config.from_dict({"model_type": "gpt2", key: KNOWN[key]}).n_layer == 12
+
+
+@each_class
+def test_standard_names_are_accepted(config_class):
+    values = {"hidden_size": 48, "num_attention_heads": 6, "num_hidden_layers": 2, "max_position_embeddings": 16}
+    config = config_class(**values)
+    for name, value in values.items():
+        assert getattr(config, name) == getattr(config, config_class.attribute_map.get(name, name)) == value
+
+
+@each_class
+def test_configuration_imports_no_torch(config_class):
+    for module in (inspect.getmodule(config_class), inspect.getmodule(config_class.__bases__[0])):
+        imports = [node for node in ast.walk(ast.parse(Path(module.__file__).read_text())) if hasattr(node, "names")]
+        names = {name.name for node in imports if isinstance(node, ast.Import) for name in node.names}
+        names |= {node.module for node in imports if isinstance(node, ast.ImportFrom)}
+        assert names and not any(name.split(".")[0] == "torch" for name in names)
