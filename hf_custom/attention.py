@@ -41,12 +41,18 @@ def eager_attention_forward(
     with torch.autocast(query.device.type, enabled=False) if upcast else nullcontext():
         attn_weights = torch.matmul(query, key.transpose(-1, -2)) * scaling
         if attention_mask is not None:
-            attn_weights = attn_weights + attention_mask
+            attn_weights = attn_weights + (_mask_in_float32(attention_mask) if upcast else attention_mask)
         attn_weights = attn_weights.softmax(dim=-1)
     attn_weights = attn_weights.to(value.dtype)
     attn_weights = nn.functional.dropout(attn_weights, p=dropout, training=module.training)
     attn_output = torch.matmul(attn_weights, value).transpose(1, 2)
     return attn_output, attn_weights
+
+
+def _mask_in_float32(attention_mask: torch.Tensor) -> torch.Tensor:
+    """An additive mask in float32, whose lowest number no score reaches, as scores in float32 reach float16's."""
+    is_masked = attention_mask == torch.finfo(attention_mask.dtype).min
+    return attention_mask.float().masked_fill(is_masked, torch.finfo(torch.float32).min)
 
 
 def upcast_attention(attention_interface: Callable, attn_implementation: str) -> Callable:
@@ -61,7 +67,7 @@ def upcast_attention(attention_interface: Callable, attn_implementation: str) ->
 
     def attend_in_float32(module, query, key, value, attention_mask, **kwargs):
         if isinstance(attention_mask, torch.Tensor) and attention_mask.is_floating_point():
-            attention_mask = attention_mask.float()
+            attention_mask = _mask_in_float32(attention_mask)
         with torch.autocast(query.device.type, enabled=False):
             attn_output, attn_weights = attention_interface(
                 module, query.float(), key.float(), value.float(), attention_mask, **kwargs

@@ -57,8 +57,9 @@ class CustomConfig(PreTrainedConfig):
     """Base of the package's configurations.
 
     A subclass declares its fields and four tables: `stock_model_types` (types whose JSON loads here silently),
-    `choices` (allowed values by field), `probabilities` (fields that lie in [0, 1]) and `auto_classes` (which class in
-    which file serves which Auto class; the registry and the `auto_map` of a saved model both read it).
+    `choices` (allowed values by field), `probabilities` and `positive` (fields that lie in [0, 1], or above 0) and
+    `auto_classes` (which class in which file serves which Auto class; the registry and the `auto_map` of a saved model
+    both read it).
 
     Raises:
         ValueError: for a value out of range, or a key that looks like a misspelt field.
@@ -67,6 +68,7 @@ class CustomConfig(PreTrainedConfig):
     stock_model_types: ClassVar[tuple[str, ...]] = ()
     choices: ClassVar[dict[str, tuple[str, ...]]] = {}
     probabilities: ClassVar[tuple[str, ...]] = ()
+    positive: ClassVar[tuple[str, ...]] = ()
     auto_classes: ClassVar[dict[str, str]] = {}
 
     def __post_init__(self, **kwargs):
@@ -131,6 +133,9 @@ class CustomConfig(PreTrainedConfig):
         for name in self.probabilities:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r} but a probability lies between 0 and 1.")
+        for name in self.positive:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r} but must be greater than 0.")
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):

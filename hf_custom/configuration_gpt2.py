@@ -50,6 +50,7 @@ class CustomGPT2Config(CustomConfig):
         "summary_last_dropout",
         "classifier_dropout",
     )
+    positive: ClassVar = ("layer_norm_epsilon", "initializer_range", "rope_theta")
     auto_classes: ClassVar = {
         "AutoConfig": "configuration_gpt2.CustomGPT2Config",
         "AutoModel": "modeling_gpt2.CustomGPT2Model",

@@ -28,12 +28,16 @@ class Conv1D(pytorch_utils.Conv1D):
         return torch.addmm(self.bias, x.reshape(-1, self.nx), self.weight).view(*x.shape[:-1], self.nf)
 
 
-def get_activation(name: str) -> nn.Module:
-    """The host's activation of that name; `gelu_new` (Hendrycks and Gimpel 2016, tanh form) as torch's one kernel."""
+def get_activation(name: str, field: str) -> nn.Module:
+    """The host's activation of that name; `gelu_new` (Hendrycks and Gimpel 2016, tanh form) as torch's one kernel.
+
+    Raises:
+        ValueError: naming the configuration's `field`, for a name that the host does not know.
+    """
     if name not in ACT2FN:
         close = difflib.get_close_matches(name, list(ACT2FN), n=1)
         hint = f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(sorted(ACT2FN))}."
-        raise ValueError(f"`activation_function` {name!r} is unknown.{hint}")
+        raise ValueError(f"`{field}` {name!r} is unknown.{hint}")
     return ACT2FN["gelu_pytorch_tanh" if name == "gelu_new" else name]
 
 

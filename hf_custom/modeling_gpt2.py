@@ -15,7 +15,6 @@ from collections.abc import Callable
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.activations import get_activation as get_summary_activation
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
@@ -143,7 +142,7 @@ class CustomGPT2MLP(nn.Module):
         super().__init__()
         width = config.hidden_size
         inner = config.n_inner if config.n_inner is not None else 4 * width
-        self.act = get_activation(config.activation_function)
+        self.act = get_activation(config.activation_function, "activation_function")
         self.c_fc = Conv1D(inner, width)
         self.c_proj = Conv1D(width, inner, is_residual_projection=True)
         self.dropout = nn.Dropout(config.resid_pdrop)
@@ -455,9 +454,9 @@ class CustomGPT2SequenceSummary(nn.Module):
         self.summary = nn.Identity()
         if config.summary_use_proj:
             self.summary = nn.Linear(width, num_classes if config.summary_proj_to_labels else width)
-        self.activation = (
-            get_summary_activation(config.summary_activation) if config.summary_activation else nn.Identity()
-        )
+        self.activation = nn.Identity()
+        if config.summary_activation:
+            self.activation = get_activation(config.summary_activation, "summary_activation")
         self.first_dropout = nn.Dropout(config.summary_first_dropout)
         self.last_dropout = nn.Dropout(config.summary_last_dropout)
 

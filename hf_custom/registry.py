@@ -5,6 +5,7 @@ from importlib import import_module
 import transformers
 from transformers import AutoConfig, AutoTokenizer, GPT2Tokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .configuration_gpt2 import CustomGPT2Config
 
@@ -36,6 +37,10 @@ def register(replace_stock: bool | None = None) -> None:
                 model_class = _load(reference)
                 getattr(transformers, auto_name).register(config_class, model_class, exist_ok=True)
                 model_class.register_for_auto_class(auto_name)
+        # Registration does not reach this table, by which the Trainer knows whether label smoothing shifts the labels.
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config_class.model_type] = config_class.auto_classes[
+            "AutoModelForCausalLM"
+        ].split(".")[1]
         if replace_stock is not None:
             _steer_stock(config_class, replace_stock)
 

@@ -1,4 +1,4 @@
-"""Environment of every test: offline, two threads, seeded; the folder of real data for those marked `data`."""
+"""Environment of every test: offline, one thread, seeded; the folder of real data for those marked `data`."""
 
 import os
 
@@ -12,7 +12,8 @@ import transformers  # noqa: E402
 
 import hf_custom  # noqa: E402, F401 - registers the classes
 
-torch.set_num_threads(2)
+# One thread: the models are tiny, and threads that wait for each other cost more than they compute.
+torch.set_num_threads(1)
 transformers.logging.disable_progress_bar()
 
 

@@ -231,8 +231,12 @@ CONFIGS = [
     ({"summary_first_dropout": 2}, ValueError, ("`summary_first_dropout`", "between 0 and 1")),
     ({"summary_last_dropout": 2}, ValueError, ("`summary_last_dropout`", "between 0 and 1")),
     ({"classifier_dropout": -0.1}, ValueError, ("`classifier_dropout`", "between 0 and 1")),
+    ({"layer_norm_epsilon": -1e-5}, ValueError, ("`layer_norm_epsilon` is -1e-05", "greater than 0")),
+    ({"initializer_range": float("nan")}, ValueError, ("`initializer_range` is nan", "greater than 0")),
+    ({"rope_theta": 0}, ValueError, ("`rope_theta` is 0", "greater than 0")),
 ]
-ONLY_AT_CONSTRUCTION = [({"num_labels": 10**9}, ValueError, ("`num_labels` is 1000000000",))]
+# The host builds a label map of that length: long enough to show were it built, not to exhaust the machine.
+ONLY_AT_CONSTRUCTION = [({"num_labels": 2 * 10**6}, ValueError, ("`num_labels` is 2000000",))]
 ONE_MEGABYTE = 2**20
 
 
@@ -269,6 +273,7 @@ def test_field_changed_later_is_refused_before_memory_is_taken(fields, error, wo
     [
         (LM, {"activation_function": "gelu_newer"}, ("`activation_function`", "'gelu_newer'", "'gelu_new'")),
         (LM, {"activation_function": "?"}, ("`activation_function`", "Known", "relu")),
+        (CHOICE, {"summary_activation": "tahn"}, ("`summary_activation`", "'tahn'", "'tanh'")),
         (CHOICE, {"summary_type": "attn"}, ("`summary_type='attn'`", "'cls_index'")),
     ],
 )

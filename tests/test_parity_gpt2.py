@@ -12,7 +12,7 @@ import transformers
 from reference import assert_gradients_near, assert_near, assert_outputs_near, gradients_of, real_outputs, weighted_sum
 from safetensors.torch import save_file
 from tiny import BATCH, LABELS, LENGTH, MODELS, VOCAB, name_of
-from transformers import GPT2Config
+from transformers import GPT2Config, Trainer, TrainingArguments
 
 from hf_custom import CustomGPT2Config, CustomGPT2ForCausalLM
 
@@ -171,6 +171,15 @@ def test_classifier_finds_end_of_right_padded_embeddings(head):
     expected = model(**inputs).logits
     embeddings = model.get_input_embeddings()(inputs.pop("input_ids"))
     assert_near(model(**inputs, inputs_embeds=embeddings).logits, expected)
+
+
+def test_label_smoothing_matches_stock(tmp_path):
+    """The Trainer shifts the labels of a smoothed loss by itself, for the classes that it knows as language models."""
+    inputs = HEADS["language"].row.inputs()
+    batch = {**inputs, "labels": inputs["input_ids"]}
+    arguments = TrainingArguments(tmp_path, label_smoothing_factor=0.1, use_cpu=True, report_to="none")
+    losses = [Trainer(model, arguments).compute_loss(model, dict(batch)) for model in HEADS["language"].build()]
+    assert_near(losses[0], losses[1], 1e-6, "loss", scale_floor=0.0)
 
 
 # --- The summary of the choices ---

@@ -74,10 +74,10 @@ def test_auto_config_knows_the_model_type(config_class):
     assert type(AutoConfig.for_model(config_class.model_type)) is config_class
 
 
-def test_importing_the_package_registers():
+def test_importing_the_package_registers_and_leaves_stock_alone():
     script = (
         "import hf_custom, transformers\n"
-        "assert 'hf_custom.modeling_gpt2' in __import__('sys').modules\n"
+        "assert type(transformers.AutoConfig.for_model('gpt2')) is transformers.GPT2Config\n"
         "for config_class, _ in hf_custom.registry.FAMILIES:\n"
         "    config = transformers.AutoConfig.for_model(config_class.model_type)\n"
         "    assert type(config) is config_class\n"
@@ -151,13 +151,24 @@ def test_stock_checkpoint_is_steered_here_and_back(config_class, auto_name, refe
                 torch.testing.assert_close(outputs[name][real], value[real])
 
 
-def test_import_leaves_stock_alone(tmp_path):
-    config_class = next(iter(STOCK))
+def save_nameless_tokenizer(folder):
+    """As in the oldest checkpoints, whose tokenizer is found by the type of the model."""
+    tokenizer().save_pretrained(folder)
+    stored = json.loads((folder / "tokenizer_config.json").read_text())
+    assert stored.pop("tokenizer_class") == "GPT2Tokenizer"
+    (folder / "tokenizer_config.json").write_text(json.dumps(stored))
+
+
+@pytest.mark.parametrize("row", MODELS, ids=name_of)
+def test_tokenizer_of_a_saved_model_is_found_without_trust(row, tmp_path):
+    row.build().save_pretrained(tmp_path)
+    save_nameless_tokenizer(tmp_path)
+    assert type(AutoTokenizer.from_pretrained(tmp_path)) is GPT2Tokenizer
+
+
+@pytest.mark.parametrize("config_class", STOCK)
+def test_tokenizer_of_a_steered_checkpoint_is_found(config_class, tmp_path, restored):
     stock_folder(config_class, "AutoModelForCausalLM", tmp_path)
-    assert type(AutoConfig.from_pretrained(tmp_path)) is STOCK[config_class]
-
-
-def test_tokenizer_of_a_saved_model_needs_no_trust(tmp_path):
-    MODELS[0].build().save_pretrained(tmp_path)
-    tokenizer().save_pretrained(tmp_path)
+    save_nameless_tokenizer(tmp_path)
+    hf_custom.register(replace_stock=True)
     assert type(AutoTokenizer.from_pretrained(tmp_path)) is GPT2Tokenizer

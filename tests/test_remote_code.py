@@ -111,7 +111,7 @@ def run_without_package(cases, source, target):
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_"))}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(cache), "HF_MODULES_CACHE": str(cache / "modules")}
     command = [sys.executable, "-I", "-c", SCRIPT, str(cases), str(source), str(target)]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=source)
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cases.parent)
     return run.stdout.splitlines(), run.stderr
 
 
