@@ -22,35 +22,8 @@ SIZE_LIMITS = {
 }
 MAX_PARAMETERS = 2 * 10**12
 
-# Keys that are no field of ours but that the host, old checkpoints or the Hub write: never taken for a misspelling.
-KNOWN_KEYS = frozenset(
-    {
-        "attn_implementation",
-        "auto_map",
-        "cls_token_id",
-        "custom_pipelines",
-        "decoder_start_token_id",
-        "experts_implementation",
-        "finetuning_task",
-        "is_decoder",
-        "mask_token_id",
-        "model_type",
-        "n_ctx",
-        "name_or_path",
-        "num_labels",
-        "output_attentions",
-        "output_past",
-        "per_layer_config",
-        "prefix",
-        "quantization_config",
-        "sep_token_id",
-        "task_specific_params",
-        "tie_encoder_decoder",
-        "tokenizer_class",
-        "torch_dtype",
-        "unk_token_id",
-    }
-)
+# Keys of the host and of old checkpoints that resemble a field without being a misspelling of it.
+LOOK_ALIKES = frozenset({"cls_token_id", "mask_token_id", "sep_token_id", "tie_encoder_decoder"})
 
 
 class CustomConfig(PreTrainedConfig):
@@ -83,7 +56,7 @@ class CustomConfig(PreTrainedConfig):
     def _refuse_misspelt_keys(self, kwargs):
         names = {field.name for field in fields(self)} | set(self.attribute_map) | {"num_labels"}
         for key in kwargs:
-            if key in names or key in KNOWN_KEYS or key.startswith("_"):
+            if key in names or key in LOOK_ALIKES or key.startswith("_"):
                 continue
             close = difflib.get_close_matches(key, sorted(names), n=1, cutoff=0.8)
             if close:
