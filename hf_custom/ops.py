@@ -17,6 +17,22 @@ def merge_heads(hidden_states: torch.Tensor) -> torch.Tensor:
     return hidden_states.flatten(2)
 
 
+def keep_positions(hidden_states: torch.Tensor, positions_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """Some positions of (B, T, D), as the host's `logits_to_keep` names them.
+
+    Args:
+        positions_to_keep: how many of the last (0: all); or indices (N,) for every row, or (B, N) for each, giving
+            (B, N, D); or a boolean mask (B, T), giving (number of true, D).
+    """
+    if isinstance(positions_to_keep, int):
+        return hidden_states[:, -positions_to_keep:] if positions_to_keep else hidden_states
+    if positions_to_keep.dtype == torch.bool:
+        return hidden_states[positions_to_keep]
+    if positions_to_keep.ndim == 2:
+        return hidden_states.take_along_dim(positions_to_keep[..., None], dim=1)
+    return hidden_states[:, positions_to_keep]
+
+
 def positions_from_mask(attention_mask: torch.Tensor) -> torch.Tensor:
     """Number the attended tokens of each row of a 0/1 mask (B, S) from 0; padding gets 0. Returns (B, S)."""
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)

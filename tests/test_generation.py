@@ -221,6 +221,19 @@ def test_logits_to_keep_equals_slicing(row, kept):
     assert_near(model(**inputs, logits_to_keep=kept).logits, expected)
 
 
+@each_model
+@torch.no_grad()
+def test_logits_to_keep_may_differ_by_row(row):
+    model, inputs = row.build(), row.inputs()
+    logits = model(**inputs).logits
+    kept = torch.tensor([[0, 5], [2, 1], [LENGTH - 1, 3]])
+    expected = torch.stack([logits[i, positions] for i, positions in enumerate(kept)])
+    assert_near(model(**inputs, logits_to_keep=kept).logits, expected)
+    mask = torch.zeros(BATCH, LENGTH, dtype=torch.bool)
+    mask[0, 2] = mask[2, 1:4] = True
+    assert_near(model(**inputs, logits_to_keep=mask).logits, torch.cat((logits[0, 2:3], logits[2, 1:4])))
+
+
 # --- generate ---
 
 

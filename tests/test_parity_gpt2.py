@@ -339,6 +339,12 @@ def test_published_config_loads_silently(records, tmp_path):
         assert getattr(config, name) == getattr(stock, name), name
 
 
+def test_config_of_stock_fields_is_ours():
+    config = CustomGPT2Config.from_dict(HEADS["language"].build()[1].config.to_dict())
+    assert config.model_type == config.to_dict()["model_type"] == "custom_gpt2"
+    assert CustomGPT2ForCausalLM(config).config is config
+
+
 def write_old_checkpoint(base, folder, prefix, is_safetensors):
     """The base model's weights and, beside them, the causal masks that old versions stored as buffers."""
     length = base.config.n_positions
