@@ -139,6 +139,22 @@ def test_unknown_column_is_refused(tmp_path):
         load_text(files=[str(write(tmp_path, ".csv"))], column="body")
 
 
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([{"text": "a"}, {"text": None}], ["row 1 ", "no text in column `text`"]),
+        ([{"text": 1}, {"text": 2}], ["column `text` holds int64", "--text_column"]),
+    ],
+    ids=["missing", "numbers"],
+)
+def test_column_without_text_is_refused(tmp_path, rows, words):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with pytest.raises(ValueError) as error:
+        load_text(files=[str(path)])
+    assert all(word in str(error.value) for word in words)
+
+
 def test_stream_without_held_out_text_is_refused():
     with pytest.raises(ValueError, match="--validation_files"):
         load_text(streaming=True)

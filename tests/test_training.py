@@ -78,17 +78,23 @@ def test_resumed_run_equals_the_straight_one(smoke, tmp_path):
         assert torch.equal(weight, resumed[key]), key
 
 
-def test_fine_tunes_a_stock_checkpoint_on_files(tmp_path):
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory):
+    """A folder that stands for the published `gpt2`."""
+    folder = tmp_path_factory.mktemp("stock")
+    config = transformers.GPT2Config(
+        vocab_size=300, n_embd=16, n_layer=1, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=0
+    )
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    train_tokenizer(iter(["one two three four\n"]), "bpe", 300).save_pretrained(folder)
+    return folder
+
+
+def test_fine_tunes_a_stock_checkpoint_on_files(stock, tmp_path):
     """As the README says, with a stock folder in place of the name `gpt2`."""
-    stock, texts = tmp_path / "stock", tmp_path / "my_texts"
+    texts = tmp_path / "my_texts"
     texts.mkdir()
     (texts / "a.txt").write_text("one two three four\n" * 80, encoding="utf-8")
-    tokenizer = train_tokenizer(iter(["one two three four\n"]), "bpe", 300)
-    config = transformers.GPT2Config(
-        vocab_size=300, n_embd=16, n_layer=1, n_head=2, n_positions=32, bos_token_id=0, eos_token_id=0
-    )
-    transformers.GPT2LMHeadModel(config).save_pretrained(stock)
-    tokenizer.save_pretrained(stock)
     flags = "--num_train_epochs 2 --block_size 32 --use_cpu --warmup_steps 0 --learning_rate 0.01 --logging_steps 1"
     output = tmp_path / "mine"
     run_clm.main(
@@ -232,6 +238,18 @@ def test_quickstart_wins_by_the_numbers(monkeypatch, tmp_path):
     monkeypatch.setattr(quickstart, "measure", lambda run: (rows, score))
     monkeypatch.setattr(quickstart, "check_runs_alone", lambda *arguments: None)
     assert quickstart.main([SMOKE, "--output_dir", str(tmp_path / "out"), "--max_steps", "1"]) == 0
+
+
+def test_readme_python_runs(smoke, stock):
+    """With local folders in place of the published and of the trained model."""
+    text = (ROOT / "README.md").read_text().replace('"gpt2"', repr(str(stock)))
+    blocks = re.findall(r"```python\n(.*?)```", text.replace("runs/quickstart/model", str(smoke)), flags=re.DOTALL)
+    classes = []
+    for block in blocks:
+        variables = {}
+        exec(block, variables)
+        classes.append(type(variables["model"]))
+    assert classes == [hf_custom.CustomGPT2ForCausalLM] * 3
 
 
 def test_readme_commands_exist():

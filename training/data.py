@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
 
@@ -126,13 +127,20 @@ def load_files(paths: Iterable[str], streaming: bool = False) -> Dataset | Itera
 
 
 def check_column(rows: Dataset | IterableDataset, column: str) -> None:
-    """Refuse rows without the column to train on."""
+    """Refuse rows without the column to train on, and a column that holds anything but text."""
     names = rows.column_names or []
     if column not in names and "input_ids" not in names:
         raise ValueError(
             f"the data has no column `{column}`; its columns are {', '.join(names)}. "
             "Name the one that holds the text with --text_column."
         )
+    if isinstance(rows, Dataset) and column in names:
+        values = rows.with_format("arrow")[column]
+        if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
+            raise ValueError(f"column `{column}` holds {values.type}, not text. Name another with --text_column.")
+        if values.null_count:
+            row = next(row for row, value in enumerate(values) if not value.is_valid)
+            raise ValueError(f"row {row} of the data has no text in column `{column}`. Fill it or remove the row.")
 
 
 def split_held_out(rows: Dataset, column: str, fraction: float, seed: int) -> DatasetDict:
@@ -217,8 +225,8 @@ def tokenize_blocks(rows, tokenizer, column: str, block_size: int, vocab_size: i
         if "input_ids" in batch:
             documents = batch["input_ids"]
         else:
-            texts = ["" if text is None else text for text in batch[column]]
-            documents = [ids + [tokenizer.eos_token_id] for ids in tokenizer(texts, verbose=False)["input_ids"]]
+            encoded = tokenizer(batch[column], verbose=False)["input_ids"]
+            documents = [ids + [tokenizer.eos_token_id] for ids in encoded]
         check_token_ids(documents, vocab_size, batch.get(ROW, indices))
         ids = np.concatenate([np.asarray(document, dtype=np.int64) for document in documents])
         ids = ids[: len(ids) // block_size * block_size]

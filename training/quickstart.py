@@ -95,8 +95,8 @@ def main(argv: list[str] | None = None) -> int:
         curve=curve.name,
         sample=sample,
     )
-    block = run.trainer.eval_dataset[0]["input_ids"]
-    check_runs_alone(folder, run.model, torch.tensor([block]))
+    token_ids = token_stream(run.texts["validation"], run.tokenizer, run.data.text_column)
+    check_runs_alone(folder, run.model, token_ids[None, : run.data.block_size])
 
     print(f"\n{sample}\n\n{format_table(rows)}\n")
     print(f"model, code and card: {folder}  (reloaded where hf_custom cannot be imported: equal logits)")
