@@ -317,7 +317,7 @@ class CustomGPT2Model(CustomGPT2PreTrainedModel):
             position_ids=position_ids,
         )
         if position_ids is None:
-            position_ids = self._count_positions(attention_mask, past_key_values, length)
+            position_ids = self._count_positions(inputs_embeds, attention_mask, past_key_values)
         hidden_states, position_embeddings = self._embed(inputs_embeds, token_type_ids, position_ids)
 
         if use_cache and past_key_values is None:
@@ -369,10 +369,10 @@ class CustomGPT2Model(CustomGPT2PreTrainedModel):
             hidden_states = hidden_states + self.wte(token_type_ids.flatten(end_dim=-2))
         return self.drop(hidden_states), position_embeddings
 
-    def _count_positions(self, attention_mask, past_key_values, length):
+    def _count_positions(self, inputs_embeds, attention_mask, past_key_values):
         """Positions of the new tokens, (B, T) or (1, T): the attended tokens before each, else all before it."""
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-        new = torch.arange(length, device=self.wte.weight.device) + past_length
+        new = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
         if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
             return positions_from_mask(attention_mask)[:, new]
         return new.unsqueeze(0)
