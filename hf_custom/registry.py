@@ -37,10 +37,9 @@ def register(replace_stock: bool | None = None) -> None:
                 model_class = _load(reference)
                 getattr(transformers, auto_name).register(config_class, model_class, exist_ok=True)
                 model_class.register_for_auto_class(auto_name)
-        # Registration does not reach this table, by which the Trainer knows whether label smoothing shifts the labels.
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config_class.model_type] = config_class.auto_classes[
-            "AutoModelForCausalLM"
-        ].split(".")[1]
+            if auto_name == "AutoModelForCausalLM":
+                # Registration does not reach this table, by which the Trainer knows whose labels smoothing must shift.
+                MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config_class.model_type] = model_class.__name__
         if replace_stock is not None:
             _steer_stock(config_class, replace_stock)
 

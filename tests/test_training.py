@@ -158,6 +158,7 @@ MISTAKES = {
         ["row 40 ", "token id 9999", "vocabulary of"],
     ),
     "ids without tokenizer": ("--files $/ids.jsonl", ["--tokenizer_name"]),
+    "override of a checkpoint": ("--model_name_or_path $tokenizer --config_overrides n_head=4", ["--config_overrides"]),
     "checkpoint": ("--model_name_or_path $/none", ["none"]),
 }
 
@@ -225,6 +226,11 @@ def test_quickstart_runs_whole_and_says_when_it_loses(tmp_path, capsys):
     for row in rows.values():
         assert f"{row['bits per byte']:.4g}" in card
     assert {path.name for path in (tmp_path / "out" / "model").iterdir()} >= {"loss_curve.png", "ops.py", "config.json"}
+
+
+def test_quickstart_does_not_stream():
+    with pytest.raises(SystemExit, match="^error: the quickstart counts its whole text"):
+        quickstart.main(["--streaming"])
 
 
 def test_quickstart_wins_by_the_numbers(monkeypatch, tmp_path):

@@ -34,16 +34,13 @@ PROMPT = 'The "for" statement is used to'
 
 def measure(run: Run) -> tuple[dict[str, dict[str, float]], TextScore]:
     """Rows of held-out numbers, the model's first, and the bigram model's score."""
-    text = run.held_out_text()
-    column, vocab_size = run.data.text_column, run.model.config.vocab_size
-    train_ids = token_stream(run.texts["train"], run.tokenizer, column)
-    held_out_ids = token_stream(run.texts["validation"], run.tokenizer, column)
+    train_ids = token_stream(run.texts["train"], run.tokenizer, run.data.text_column)
     model = run.score()
-    bigram = BigramModel(train_ids, vocab_size).score(held_out_ids, len(text.encode()))
+    bigram = BigramModel(train_ids, run.model.config.vocab_size).score(run.held_out_ids, model.bytes)
     rows = {
         NAME: {"perplexity": model.perplexity, "bits per byte": model.bits_per_byte},
         "bigram model, same tokenizer": {"perplexity": bigram.perplexity, "bits per byte": bigram.bits_per_byte},
-        "xz of the held-out text": {"bits per byte": xz_bits_per_byte(text)},
+        "xz of the held-out text": {"bits per byte": xz_bits_per_byte(run.held_out_text)},
     }
     return rows, bigram
 
@@ -72,6 +69,8 @@ def main(argv: list[str] | None = None) -> int:
     with user_errors():
         defaults = {**DEFAULTS, **read_recipe(str(RECIPE)), "output_dir": "runs/quickstart"}
         arguments = parse_arguments((ModelArguments, DataArguments, TrainingArguments), argv, __doc__, **defaults)
+        if arguments[1].streaming:
+            raise ValueError("the quickstart counts its whole text. Stream with training.run_clm instead.")
         run = prepare(*arguments)
     blocks = len(run.trainer.train_dataset)
     print(f"{run.model.num_parameters():,} parameters, {blocks} blocks of {run.data.block_size} tokens")
@@ -95,8 +94,7 @@ def main(argv: list[str] | None = None) -> int:
         curve=curve.name,
         sample=sample,
     )
-    token_ids = token_stream(run.texts["validation"], run.tokenizer, run.data.text_column)
-    check_runs_alone(folder, run.model, token_ids[None, : run.data.block_size])
+    check_runs_alone(folder, run.model, run.held_out_ids[None, : run.data.block_size])
 
     print(f"\n{sample}\n\n{format_table(rows)}\n")
     print(f"model, code and card: {folder}  (reloaded where hf_custom cannot be imported: equal logits)")

@@ -23,11 +23,14 @@ Examples:
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+import torch
 import yaml
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -88,14 +91,19 @@ class Run:
     def model(self) -> PreTrainedModel:
         return self.trainer.accelerator.unwrap_model(self.trainer.model)
 
+    @cached_property
     def held_out_text(self) -> str:
         return "".join(row[self.data.text_column] for row in self.texts["validation"])
 
+    @cached_property
+    def held_out_ids(self) -> torch.Tensor:
+        """The held-out text as one row of ids (N,)."""
+        return token_stream(self.texts["validation"], self.tokenizer, self.data.text_column)
+
     def score(self) -> TextScore:
         """Score of every token of the held-out text."""
-        token_ids = token_stream(self.texts["validation"], self.tokenizer, self.data.text_column)
-        num_bytes = len(self.held_out_text().encode())
-        return score_text(self.model, token_ids, num_bytes, self.data.block_size, progress=True)
+        num_bytes = len(self.held_out_text.encode())
+        return score_text(self.model, self.held_out_ids, num_bytes, self.data.block_size, progress=True)
 
     def shown_arguments(self) -> dict[str, object]:
         """The training arguments of the card."""
@@ -135,15 +143,19 @@ def prepare_tokenizer(model_args: ModelArguments, texts, data_args: DataArgument
 
 def prepare_model(model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase, block_size: int) -> PreTrainedModel:
     """A checkpoint as our class, or a preset from nothing with the tokenizer's vocabulary."""
-    attention = {"attn_implementation": model_args.attn_implementation}
-    if model_args.model_name_or_path is not None:
+    checkpoint = model_args.model_name_or_path
+    if checkpoint is not None:
+        if model_args.config_overrides:
+            raise ValueError(
+                "--config_overrides changes a --preset, but a checkpoint was named. Leave one of them out."
+            )
         hf_custom.register(replace_stock=True)
-        model = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, **attention)
+        config = AutoConfig.from_pretrained(checkpoint)
     else:
         tokens = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
         fields = {"vocab_size": len(tokenizer), **tokens, **parse_overrides(model_args.config_overrides)}
-        model = AutoModelForCausalLM.from_config(preset_config(model_args.preset, **fields), **attention)
-    vocab_size, positions = model.config.vocab_size, model.config.max_position_embeddings
+        config = preset_config(model_args.preset, **fields)
+    vocab_size, positions = config.vocab_size, config.max_position_embeddings
     if len(tokenizer) > vocab_size:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} entries but the model's `vocab_size` is {vocab_size}. "
@@ -153,7 +165,10 @@ def prepare_model(model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase
         raise ValueError(
             f"--block_size is {block_size} but the model has {positions} positions. Use no more than that."
         )
-    return model
+    attention = {"attn_implementation": model_args.attn_implementation}
+    if checkpoint is not None:
+        return AutoModelForCausalLM.from_pretrained(checkpoint, config=config, **attention)
+    return AutoModelForCausalLM.from_config(config, **attention)
 
 
 def parse_overrides(text: str | None) -> dict:
