@@ -10,6 +10,12 @@ from functools import partial
 
 import torch
 from torch import nn
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from .packing import Buckets
 
 
 def eager_attention_forward(
@@ -77,4 +83,78 @@ def upcast_attention(attention_interface: Callable, attn_implementation: str) ->
     return attend_in_float32
 
 
-__all__ = ["eager_attention_forward", "upcast_attention"]
+def implementation_for(attn_implementation: str, kwargs: dict) -> str:
+    """The implementation to ask the host for: `varlen` in place of `sdpa` where a call brings cumulative lengths."""
+    return "varlen" if attn_implementation == "sdpa" and "cu_seq_lens_q" in kwargs else attn_implementation
+
+
+def varlen_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    cu_seq_lens_k: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    max_length_k: int | None = None,
+    buckets: Buckets | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """Attention of sequences packed into one row, each to itself or to its own keys, and to no other.
+
+    On CUDA in half precision torch's `varlen_attn`; else one kernel call for each group of sequences of similar length.
+    Without lengths it is the host's `sdpa`.
+
+    Args:
+        query: (1, H, total, K); `key` and `value`: (1, H, total of the keys, K).
+        cu_seq_lens_q, cu_seq_lens_k: (N + 1,), where the queries and the keys of N sequences begin, and the totals.
+        max_length_q, max_length_k: of the longest sequence.
+        buckets: the groups, when they are known.
+
+    Returns:
+        The output (1, total, H, K), and no weights. A sequence without keys gets zeros.
+    """
+    if cu_seq_lens_q is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs
+        )
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    query, key, value = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not dropout:
+        window = (-1, 0) if is_causal else (-1, -1)
+        lengths = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
+        output = varlen_attn(query, key, value, *lengths, scale=scaling, window_size=window)
+    else:
+        if buckets is None:
+            buckets = Buckets.of(cu_seq_lens_q, cu_seq_lens_k)
+        output = _attend_in_buckets(query, key, value, buckets, scaling, dropout, is_causal)
+    return output.unsqueeze(0), None
+
+
+def _attend_in_buckets(query, key, value, buckets, scaling, dropout, is_causal):
+    """(total, H, K) queries over (total of the keys, H, K), group by group."""
+    query = buckets.queries.to_places(query)
+    key, value = buckets.keys.to_places(key), buckets.keys.to_places(value)
+    outputs = []
+    for bucket, *states in zip(buckets.buckets, *buckets.split(query, key, value), strict=True):
+        output = nn.functional.scaled_dot_product_attention(
+            *(rows.transpose(1, 2) for rows in states),
+            # What is padded to the right of a sequence is in the future of all of it.
+            attn_mask=None if is_causal else bucket.key_mask,
+            dropout_p=dropout,
+            is_causal=is_causal,
+            scale=scaling,
+        )
+        outputs.append(output.transpose(1, 2).flatten(0, 1))
+    return buckets.queries.to_tokens(torch.cat(outputs) if len(outputs) > 1 else outputs[0])
+
+
+# In this file because a model on the Hub brings the files that it imports and runs no other code of the package.
+AttentionInterface.register("varlen", varlen_attention_forward)
+AttentionMaskInterface.register("varlen", sdpa_mask)
+
+__all__ = ["eager_attention_forward", "implementation_for", "upcast_attention", "varlen_attention_forward"]

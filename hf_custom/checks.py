@@ -59,6 +59,14 @@ def check_attention_mask(attention_mask, batch_size: int, length: int, past_key_
             f"`attention_mask` has shape {tuple(attention_mask.shape)} but {needed} is needed: one row a sequence, one "
             f"column a token, the {past_length} cached tokens included. Pass the mask that the tokenizer returned."
         )
+    if attention_mask.dtype != torch.bool and _can_read(attention_mask):
+        is_other = (attention_mask != 0) & (attention_mask != 1)
+        if is_other.any():
+            index = is_other.nonzero()[0]
+            raise ValueError(
+                f"`attention_mask` holds {float(attention_mask[tuple(index)]):g} in row {int(index[0])}, but a mask of 2 "
+                "dimensions is 1 for a token and 0 for padding. Additive masks have 4: (B, 1, T, S)."
+            )
 
 
 def check_encoder(encoder_hidden_states: torch.Tensor, encoder_attention_mask, has_cross_attention: bool) -> None:

@@ -19,6 +19,7 @@ SIZE_LIMITS = {
     "max_position_embeddings": 2**27,
     "intermediate_size": 2**20,
     "num_labels": 2**20,
+    "loss_chunk_size": 2**24,
 }
 MAX_PARAMETERS = 2 * 10**12
 

@@ -25,6 +25,8 @@ class CustomGPT2Config(CustomConfig):
             (Su et al. 2021, "RoFormer"). The last two have no parameters and no length limit.
         rope_theta: base of the rotary angles.
         classifier_dropout: dropout before the token classifier.
+        loss_chunk_size: tokens whose logits are in memory together while the training loss is computed; `None` chooses
+            by device. The loss is the same for all.
     """
 
     model_type = "custom_gpt2"
@@ -92,10 +94,12 @@ class CustomGPT2Config(CustomConfig):
     position_embedding_type: str = "learned"
     rope_theta: float | int = 10000.0
     classifier_dropout: float | int = 0.1
+    loss_chunk_size: int | None = None
 
     def validate_architecture(self):
         super().validate_architecture()
         self._check_size("n_inner", self.n_inner, SIZE_LIMITS["intermediate_size"])
+        self._check_size("loss_chunk_size", self.loss_chunk_size, SIZE_LIMITS["loss_chunk_size"])
         if self.position_embedding_type == "rope" and (self.n_embd // self.n_head) % 2:
             raise ValueError(
                 f"rotary positions turn pairs of coordinates, so the head size n_embd / n_head must be even, but it is "

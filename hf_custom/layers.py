@@ -7,6 +7,8 @@ from torch import nn
 from transformers import pytorch_utils
 from transformers.activations import ACT2FN
 
+from .matmul import affine
+
 
 class Conv1D(pytorch_utils.Conv1D):
     """Affine map with its weight stored (in, out), as OpenAI's GPT and GPT-2 store it: (..., nx) -> (..., nf).
@@ -25,7 +27,7 @@ class Conv1D(pytorch_utils.Conv1D):
         self.is_residual_projection = is_residual_projection
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.addmm(self.bias, x.reshape(-1, self.nx), self.weight).view(*x.shape[:-1], self.nf)
+        return affine(x.reshape(-1, self.nx), self.weight, self.bias).view(*x.shape[:-1], self.nf)
 
 
 def get_activation(name: str, field: str) -> nn.Module:

@@ -32,7 +32,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .attention import eager_attention_forward, upcast_attention
+from .attention import eager_attention_forward, implementation_for, upcast_attention
 from .checks import (
     check_answer_positions,
     check_attention_mask,
@@ -45,7 +45,8 @@ from .checks import (
 )
 from .configuration_gpt2 import CustomGPT2Config
 from .layers import Conv1D, get_activation
-from .losses import sequence_classification_loss
+from .losses import linear_cross_entropy, next_token_labels, sequence_classification_loss
+from .matmul import project
 from .ops import (
     apply_rotary,
     keep_positions,
@@ -57,6 +58,7 @@ from .ops import (
     split_heads,
 )
 from .outputs import DoubleHeadsModelOutput
+from .packing import cache_on_request, choose_packing
 
 
 class CustomGPT2Attention(nn.Module):
@@ -105,11 +107,10 @@ class CustomGPT2Attention(nn.Module):
                 cache = getattr(past_key_values, "self_attention_cache", past_key_values)
                 key, value = cache.update(key, value, self.layer_idx)
 
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+        implementation = implementation_for(self.config._attn_implementation, kwargs)
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         if self.config.reorder_and_upcast_attn:
-            attention_interface = upcast_attention(attention_interface, self.config._attn_implementation)
+            attention_interface = upcast_attention(attention_interface, implementation)
         attn_output, attn_weights = attention_interface(
             self,
             query,
@@ -174,6 +175,7 @@ class CustomGPT2Block(GradientCheckpointingLayer):
         encoder_hidden_states: torch.Tensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        encoder_lengths: dict | None = None,
         **kwargs,
     ) -> torch.Tensor:
         attn_output, _ = self.attn(
@@ -185,12 +187,13 @@ class CustomGPT2Block(GradientCheckpointingLayer):
         )
         hidden_states = hidden_states + attn_output
         if encoder_hidden_states is not None:
-            # Without the caller's keywords: they describe the decoder's sequence, not the encoder's.
+            # Without the other keywords: they describe the decoder's sequence, not the encoder's.
             attn_output, _ = self.crossattention(
                 self.ln_cross_attn(hidden_states),
                 past_key_values=past_key_values,
                 attention_mask=encoder_attention_mask,
                 encoder_hidden_states=encoder_hidden_states,
+                **(encoder_lengths or {}),
             )
             hidden_states = hidden_states + attn_output
         return hidden_states + self.mlp(self.ln_2(hidden_states))
@@ -239,6 +242,22 @@ class CustomGPT2PreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, mean=0.0, std=std)
             init.zeros_(module.bias)
 
+    def _logits_and_loss(self, hidden_states, labels, attention_mask, logits_to_keep, return_logits, kwargs):
+        """Logits of the positions to keep and the language model's loss, each `None` where it is not wanted."""
+        if return_logits is None:
+            return_logits = labels is None or not self.training
+        logits = project(self.lm_head, keep_positions(hidden_states, logits_to_keep)) if return_logits else None
+        if labels is None:
+            return logits, None
+        shift_labels = next_token_labels(labels, attention_mask, kwargs.pop("shift_labels", None))
+        if hasattr(self, "_loss_function") or (logits is not None and logits.shape[:-1] == labels.shape):
+            # A loss that the user has set reads logits; and logits at hand are not computed again.
+            logits = project(self.lm_head, hidden_states) if logits is None else logits
+            vocab_size = self.config.vocab_size
+            return logits, self.loss_function(logits, labels, vocab_size, shift_labels=shift_labels, **kwargs)
+        rows, chunk_size = hidden_states.flatten(end_dim=-2), self.config.loss_chunk_size
+        return logits, linear_cross_entropy(rows, self.lm_head, shift_labels.flatten(), chunk_size=chunk_size, **kwargs)
+
 
 class CustomGPT2Model(CustomGPT2PreTrainedModel):
     """The decoder without a head."""
@@ -261,7 +280,7 @@ class CustomGPT2Model(CustomGPT2PreTrainedModel):
         self.wte = new_embeddings
 
     @merge_with_config_defaults
-    @capture_outputs
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -275,21 +294,18 @@ class CustomGPT2Model(CustomGPT2PreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPastAndCrossAttentions:
-        """Compute the last hidden state (B, T, D).
+        """Compute the last hidden state (B, T, D); zero at padding, unless a cache or attention weights are asked for.
 
         Args:
             input_ids: (B, T), or (..., T), whose leading axes are kept in the output.
             attention_mask: (B, S), 1 for tokens to attend to, S = cached + T; or a ready mask (B, 1, T, S).
             token_type_ids: shaped as `input_ids`; looked up in the word embeddings and added, as in GPT.
-            position_ids: shaped as `input_ids`; counted from `attention_mask` when not given.
+            position_ids: shaped as `input_ids`; counted from `attention_mask` when not given. Without a mask, those
+                that restart mark packed documents, as the host's `cu_seq_lens_q` does.
             inputs_embeds: (B, T, D), instead of `input_ids`.
             encoder_hidden_states: (B, S', D), read by the blocks of a model with `add_cross_attention`.
             encoder_attention_mask: (B, S').
         """
-        # Taken by `capture_outputs`; a kernel must not see them.
-        kwargs.pop("output_attentions", None)
-        kwargs.pop("output_hidden_states", None)
-
         output_shape = (*input_shape(input_ids, inputs_embeds), self.config.hidden_size)
         if encoder_hidden_states is not None:
             check_encoder(encoder_hidden_states, encoder_attention_mask, self.config.add_cross_attention)
@@ -298,41 +314,76 @@ class CustomGPT2Model(CustomGPT2PreTrainedModel):
         if input_ids is not None:
             check_ids(input_ids, self.config.vocab_size, "input_ids")
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
-            inputs_embeds = self.wte(input_ids.flatten(end_dim=-2))
-        batch_size, length = inputs_embeds.shape[:2]
-
+        input_ids, token_type_ids, position_ids = (
+            ids if ids is None else ids.flatten(end_dim=-2) for ids in (input_ids, token_type_ids, position_ids)
+        )
         if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 3:
             attention_mask = attention_mask.flatten(end_dim=-2)
-        if position_ids is not None:
-            position_ids = position_ids.flatten(end_dim=-2)
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
         if not torch.compiler.is_compiling():
-            check_attention_mask(attention_mask, batch_size, length, past_key_values)
-        # Made from the caller's positions and the caller's cache alone: positions that restart, without a cache, mark
-        # packed documents.
-        causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
+            check_attention_mask(attention_mask, *tokens.shape[:2], past_key_values)
+        encoder = (encoder_hidden_states, encoder_attention_mask)
+        packing, position_ids = choose_packing(
+            self.config, tokens, attention_mask, position_ids, past_key_values, use_cache, encoder, kwargs
         )
-        if position_ids is None:
-            position_ids = self._count_positions(inputs_embeds, attention_mask, past_key_values)
-        hidden_states, position_embeddings = self._embed(inputs_embeds, token_type_ids, position_ids)
 
+        given_positions = position_ids
+        if position_ids is None:
+            position_ids = self._count_positions(tokens, attention_mask, past_key_values)
+        if self.config.position_embedding_type == "learned":
+            check_positions(position_ids, self.config.max_position_embeddings, "n_positions")
+        causal_mask = cross_mask = encoder_lengths = None
+        if packing is not None:
+            input_ids, inputs_embeds, token_type_ids, position_ids = (
+                packing.unpad(batch) for batch in (input_ids, inputs_embeds, token_type_ids, position_ids)
+            )
+            kwargs.update(packing.attention_arguments())
+            if encoder_hidden_states is not None:
+                encoder_hidden_states, encoder_lengths = packing.unpad_encoder(*encoder)
+        if inputs_embeds is None:
+            inputs_embeds = self.wte(input_ids)
+        if packing is None:
+            # From the caller's positions and cache alone: positions that restart, without a cache, mark documents.
+            masking = {"config": self.config, "inputs_embeds": inputs_embeds}
+            causal_mask = create_causal_mask(
+                **masking, attention_mask=attention_mask, past_key_values=past_key_values, position_ids=given_positions
+            )
+            if encoder_hidden_states is not None:
+                cross_mask = create_bidirectional_mask(
+                    **masking, attention_mask=encoder_attention_mask, encoder_hidden_states=encoder_hidden_states
+                )
+        hidden_states, position_embeddings = self._embed(inputs_embeds, token_type_ids, position_ids)
+        outputs = self._decode(
+            hidden_states,
+            past_key_values,
+            causal_mask,
+            encoder_hidden_states,
+            encoder_attention_mask=cross_mask,
+            encoder_lengths=encoder_lengths,
+            position_embeddings=position_embeddings,
+            use_cache=use_cache,
+            position_ids=position_ids,
+            return_dict=True,
+            **kwargs,
+        )
+        if packing is not None:
+            packing.repad_outputs(outputs)
+        outputs.last_hidden_state = outputs.last_hidden_state.view(output_shape)
+        return outputs
+
+    @capture_outputs
+    def _decode(
+        self, hidden_states, past_key_values, causal_mask, encoder_hidden_states, use_cache, **kwargs
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        """The blocks and the last norm, of a padded batch (B, T, D) or of a packed one (1, total, D)."""
+        # Taken by `capture_outputs`; a kernel must not see them.
+        kwargs.pop("output_attentions", None)
+        kwargs.pop("output_hidden_states", None)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if past_key_values is not None and self.config.add_cross_attention:
             if not isinstance(past_key_values, EncoderDecoderCache):
                 past_key_values = EncoderDecoderCache(past_key_values, DynamicCache(config=self.config))
-        if encoder_hidden_states is not None:
-            encoder_attention_mask = create_bidirectional_mask(
-                config=self.config,
-                inputs_embeds=inputs_embeds,
-                attention_mask=encoder_attention_mask,
-                encoder_hidden_states=encoder_hidden_states,
-            )
-
         is_checkpointing = self.gradient_checkpointing and self.training
         for block in self.h:
             # Tensors that may need a gradient are positional, where checkpointing looks for them.
@@ -341,22 +392,17 @@ class CustomGPT2Model(CustomGPT2PreTrainedModel):
                 None if is_checkpointing else past_key_values,
                 causal_mask,
                 encoder_hidden_states,
-                encoder_attention_mask=encoder_attention_mask,
-                position_embeddings=position_embeddings,
                 use_cache=use_cache,
-                position_ids=position_ids,
                 **kwargs,
             )
         return BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=self.ln_f(hidden_states).view(output_shape),
-            past_key_values=past_key_values if use_cache else None,
+            last_hidden_state=self.ln_f(hidden_states), past_key_values=past_key_values if use_cache else None
         )
 
     def _embed(self, inputs_embeds, token_type_ids, position_ids):
         """Input of the first block (B, T, D), and the cosines and sines for all of them when positions are rotary."""
         config, hidden_states, position_embeddings = self.config, inputs_embeds, None
         if config.position_embedding_type == "learned":
-            check_positions(position_ids, config.max_position_embeddings, "n_positions")
             hidden_states = hidden_states + self.wpe(position_ids)
         elif config.position_embedding_type == "sinusoidal":
             hidden_states = hidden_states + sinusoidal_positions(position_ids, config.hidden_size).to(
@@ -366,13 +412,13 @@ class CustomGPT2Model(CustomGPT2PreTrainedModel):
             head_size = config.hidden_size // config.num_attention_heads
             position_embeddings = rotary_positions(position_ids, head_size, config.rope_theta)
         if token_type_ids is not None:
-            hidden_states = hidden_states + self.wte(token_type_ids.flatten(end_dim=-2))
+            hidden_states = hidden_states + self.wte(token_type_ids)
         return self.drop(hidden_states), position_embeddings
 
-    def _count_positions(self, inputs_embeds, attention_mask, past_key_values):
+    def _count_positions(self, tokens, attention_mask, past_key_values):
         """Positions of the new tokens, (B, T) or (1, T): the attended tokens before each, else all before it."""
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-        new = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
+        new = torch.arange(tokens.shape[1], device=tokens.device) + past_length
         if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
             return positions_from_mask(attention_mask)[:, new]
         return new.unsqueeze(0)
@@ -389,6 +435,7 @@ class CustomGPT2ForCausalLM(CustomGPT2PreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @cache_on_request
     @can_return_tuple
     def forward(
         self,
@@ -403,13 +450,16 @@ class CustomGPT2ForCausalLM(CustomGPT2PreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        return_logits: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithCrossAttentions:
         """Compute logits (B, T, V) and, given `labels`, the loss of predicting each token from those before it.
 
         Args:
-            labels: (B, T), usually `input_ids` itself; they are shifted inside. -100 is ignored.
+            labels: (B, T), usually `input_ids` itself; they are shifted inside. -100 is ignored, and so is a label
+                that padding would have to predict.
             logits_to_keep: compute logits for the last so many positions only (0: all), or for those indices.
+            return_logits: compute them at all. Training with labels does not unless told to: the loss needs none.
         """
         shape = input_shape(input_ids, inputs_embeds)
         if labels is not None:
@@ -426,10 +476,9 @@ class CustomGPT2ForCausalLM(CustomGPT2PreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        logits = self.lm_head(keep_positions(outputs.last_hidden_state, logits_to_keep))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+        logits, loss = self._logits_and_loss(
+            outputs.last_hidden_state, labels, attention_mask, logits_to_keep, return_logits, kwargs
+        )
         return CausalLMOutputWithCrossAttentions(
             loss=loss,
             logits=logits,
@@ -489,6 +538,7 @@ class CustomGPT2DoubleHeadsModel(CustomGPT2PreTrainedModel, GenerationMixin):
         self.multiple_choice_head = CustomGPT2SequenceSummary(config, num_classes=1)
         self.post_init()
 
+    @cache_on_request
     @can_return_tuple
     def forward(
         self,
@@ -502,6 +552,7 @@ class CustomGPT2DoubleHeadsModel(CustomGPT2PreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         mc_labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
+        return_logits: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> DoubleHeadsModelOutput:
         """Compute logits (B, C, T, V) and scores (B, C) of C choices, and their two losses.
@@ -511,6 +562,7 @@ class CustomGPT2DoubleHeadsModel(CustomGPT2PreTrainedModel, GenerationMixin):
             mc_token_ids: (B, C), the position whose state stands for the choice; the last one when not given.
             labels: (B, C, T), shifted inside; -100 is ignored.
             mc_labels: (B,), the right choice.
+            return_logits: compute the language model's logits; training with `labels` does not unless told to.
         """
         shape = input_shape(input_ids, inputs_embeds)
         if labels is not None:
@@ -527,11 +579,11 @@ class CustomGPT2DoubleHeadsModel(CustomGPT2PreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        logits = self.lm_head(outputs.last_hidden_state)
+        logits, loss = self._logits_and_loss(
+            outputs.last_hidden_state, labels, attention_mask, 0, return_logits, kwargs
+        )
         mc_logits = self.multiple_choice_head(outputs.last_hidden_state, mc_token_ids).squeeze(-1)
-        loss = mc_loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+        mc_loss = None
         if mc_labels is not None:
             mc_loss = nn.functional.cross_entropy(mc_logits.view(-1, mc_logits.shape[-1]), mc_labels.view(-1))
         return DoubleHeadsModelOutput(
@@ -555,6 +607,7 @@ class CustomGPT2ForSequenceClassification(CustomGPT2PreTrainedModel):
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
 
+    @cache_on_request
     @can_return_tuple
     def forward(
         self,
@@ -649,6 +702,7 @@ class CustomGPT2ForTokenClassification(CustomGPT2PreTrainedModel):
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
+    @cache_on_request
     @can_return_tuple
     def forward(
         self,

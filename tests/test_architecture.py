@@ -15,8 +15,9 @@ SCRIPTS = sorted((ROOT / "training").rglob("*.py"))
 
 # From the bottom up; a file imports only from levels below its own.
 LEVELS = [
-    ("ops", "outputs", "checks"),
-    ("attention", "packing", "layers", "losses"),
+    ("ops", "outputs", "checks", "matmul"),
+    ("packing", "layers", "losses"),
+    ("attention",),
     ("configuration_*",),
     ("modeling_*", "processing_*"),
     ("presets", "conversion"),
@@ -24,7 +25,7 @@ LEVELS = [
     ("hub",),
     ("cli",),
 ]
-CONFIGURATION, MODELING = 2, 3
+CONFIGURATION, MODELING = 3, 4
 # Imports allowed within a level: (importer, imported).
 SIBLINGS = [("configuration_*", "configuration_base"), ("modeling_*", "modeling_*"), ("processing_*", "processing_*")]
 # What may stand in a folder on the Hub; a configuration is read where torch is not installed.

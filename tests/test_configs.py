@@ -64,6 +64,15 @@ def choice_shapes(config):
     return shapes(config, CustomGPT2DoubleHeadsModel)
 
 
+def largest_product(config):
+    """Rows of the largest product with the output weight, while the training loss is computed."""
+    rows = []
+    model = wide_model(config).train()
+    model.lm_head.register_forward_hook(lambda module, inputs, output: rows.append(output.shape[0]))
+    model(IDS, labels=IDS).loss.backward()
+    return max(rows)
+
+
 def first_std(config):
     set_seed(0)
     return CustomGPT2ForCausalLM(config).transformer.wte.weight.std().item()
@@ -123,6 +132,7 @@ EFFECTS = {
         "position_embedding_type": Effect("sinusoidal", shapes),
         "rope_theta": Effect(50.0, logits, {"position_embedding_type": "rope"}),
         "classifier_dropout": Effect(0.5, token_logits),
+        "loss_chunk_size": Effect(4, largest_product),
     }
 }
 BASES = {CustomGPT2Config: GPT2}

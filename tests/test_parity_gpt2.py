@@ -97,11 +97,13 @@ def for_stock(inputs):
 
 
 def draw_real_labels(head, inputs, padding):
-    """Labels that say nothing of padding; none where the loss itself reads all positions."""
+    """Labels of real tokens that real tokens predict; none where the loss itself reads all positions."""
     if head == "question" and padding is not None:
         return {}
-    labels, mask = HEADS[head].draw_labels(BATCH, LENGTH), inputs["attention_mask"]
-    return {k: v.masked_fill(mask == 0, -100) if v.shape == mask.shape else v for k, v in labels.items()}
+    labels, is_real = HEADS[head].draw_labels(BATCH, LENGTH), inputs["attention_mask"].bool()
+    if head in ("language", "choices"):
+        is_real = is_real & torch.nn.functional.pad(is_real[..., :-1], (1, 0), value=False)
+    return {k: v.masked_fill(~is_real, -100) if v.shape == is_real.shape else v for k, v in labels.items()}
 
 
 def assert_agree(ours, stock, inputs, labels):

@@ -31,7 +31,11 @@ STOCK = {
     "CustomGPT2DoubleHeadsModel": (transformers.GPT2DoubleHeadsModel, GPT2Config),
 }
 # Arguments that stock reads from its keywords or lacks.
-OUR_ARGUMENTS = {"CustomGPT2ForSequenceClassification": ["num_items_in_batch"]}
+OUR_ARGUMENTS = {
+    "CustomGPT2ForCausalLM": ["return_logits"],
+    "CustomGPT2DoubleHeadsModel": ["return_logits"],
+    "CustomGPT2ForSequenceClassification": ["num_items_in_batch"],
+}
 
 each_model = pytest.mark.parametrize("row", MODELS, ids=name_of)
 
