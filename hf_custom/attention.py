@@ -15,7 +15,11 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from .dropout import keep_mask
 from .packing import Buckets
+
+# Queries whose scores are in memory together, where dropout keeps torch's own kernels from running on a CPU.
+QUERY_BLOCK = 64
 
 
 def eager_attention_forward(
@@ -83,9 +87,9 @@ def upcast_attention(attention_interface: Callable, attn_implementation: str) ->
     return attend_in_float32
 
 
-def implementation_for(attn_implementation: str, kwargs: dict) -> str:
-    """The implementation to ask the host for: `varlen` in place of `sdpa` where a call brings cumulative lengths."""
-    return "varlen" if attn_implementation == "sdpa" and "cu_seq_lens_q" in kwargs else attn_implementation
+def implementation_for(attn_implementation: str) -> str:
+    """The implementation to ask the host for: `varlen`, which does all that `sdpa` does, in its place."""
+    return "varlen" if attn_implementation == "sdpa" else attn_implementation
 
 
 def varlen_attention_forward(
@@ -107,7 +111,7 @@ def varlen_attention_forward(
     """Attention of sequences packed into one row, each to itself or to its own keys, and to no other.
 
     On CUDA in half precision torch's `varlen_attn`; else one kernel call for each group of sequences of similar length.
-    Without lengths it is the host's `sdpa`.
+    Without lengths it is the host's `sdpa`, and with dropout on a CPU a faster one.
 
     Args:
         query: (1, H, total, K); `key` and `value`: (1, H, total of the keys, K).
@@ -118,11 +122,17 @@ def varlen_attention_forward(
     Returns:
         The output (1, total, H, K), and no weights. A sequence without keys gets zeros.
     """
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if cu_seq_lens_q is None:
+        has_boolean_mask = attention_mask is not None and attention_mask.dtype == torch.bool
+        is_square = attention_mask is None and (query.shape[2] == key.shape[2] or not is_causal)
+        if dropout and (has_boolean_mask or is_square):
+            is_causal = is_causal and not has_boolean_mask
+            output = fused_attention(query, key, value, attention_mask, dropout, is_causal, scaling)
+            return output.transpose(1, 2).contiguous(), None
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs
         )
-    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     query, key, value = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not dropout:
         window = (-1, 0) if is_causal else (-1, -1)
@@ -141,16 +151,100 @@ def _attend_in_buckets(query, key, value, buckets, scaling, dropout, is_causal):
     key, value = buckets.keys.to_places(key), buckets.keys.to_places(value)
     outputs = []
     for bucket, *states in zip(buckets.buckets, *buckets.split(query, key, value), strict=True):
-        output = nn.functional.scaled_dot_product_attention(
-            *(rows.transpose(1, 2) for rows in states),
-            # What is padded to the right of a sequence is in the future of all of it.
-            attn_mask=None if is_causal else bucket.key_mask,
-            dropout_p=dropout,
-            is_causal=is_causal,
-            scale=scaling,
-        )
+        query, key, value = (rows.transpose(1, 2) for rows in states)
+        # Without a mask in the causal case: what is padded to the right of a sequence is in the future of all of it.
+        key_mask = None if is_causal else bucket.key_mask
+        output = fused_attention(query, key, value, key_mask, dropout, is_causal, scaling)
         outputs.append(output.transpose(1, 2).flatten(0, 1))
     return buckets.queries.to_tokens(torch.cat(outputs) if len(outputs) > 1 else outputs[0])
+
+
+class _AttentionWithDropout(torch.autograd.Function):
+    """Attention with dropout on a CPU, a block of queries at a time, in float32.
+
+    torch's CPU kernel has no dropout and falls back to whole matrices of scores, future keys included, of which three
+    are kept for the backward pass. Here a block's scores are computed up to its last key and again in the backward
+    pass; what is kept is the mask, a byte for each score.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, attention_mask, dropout, is_causal, scaling):
+        query, key, value = (states.float().contiguous() for states in (query, key, value))
+        ctx.options = (attention_mask, is_causal, scaling)
+        output = torch.empty_like(query)
+        masks = []
+        for block, keys in _blocks(query.shape[2], key.shape[2], is_causal):
+            weights = _block_weights(query, key, block, keys, *ctx.options)
+            mask, ctx.scale = keep_mask(weights.shape, dropout)
+            masks.append(mask)
+            output[:, :, block] = torch.matmul(weights.mul_(mask), value[:, :, keys])
+        ctx.save_for_backward(query, key, value, *masks)
+        return output.mul_(ctx.scale)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output):
+        query, key, value, *masks = ctx.saved_tensors
+        _, is_causal, scaling = ctx.options
+        grad_output = grad_output.contiguous() * ctx.scale
+        grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        blocks = _blocks(query.shape[2], key.shape[2], is_causal)
+        for (block, keys), mask in zip(blocks, masks, strict=True):
+            weights = _block_weights(query, key, block, keys, *ctx.options)
+            grad = grad_output[:, :, block]
+            grad_value[:, :, keys] += torch.matmul((weights * mask).transpose(-1, -2), grad)
+            grad_weights = torch.matmul(grad, value[:, :, keys].transpose(-1, -2)).mul_(mask)
+            # Through the softmax: weights · (gradient - its mean under the weights).
+            grad_weights.mul_(weights)
+            grad_scores = grad_weights.sub_(weights.mul_(grad_weights.sum(-1, keepdim=True))).mul_(scaling)
+            grad_query[:, :, block] = torch.matmul(grad_scores, key[:, :, keys])
+            grad_key[:, :, keys] += torch.matmul(grad_scores.transpose(-1, -2), query[:, :, block])
+        return grad_query, grad_key, grad_value, None, None, None, None
+
+
+def _blocks(query_length, key_length, is_causal):
+    """Slices of the queries, and of the keys that some query of theirs may see."""
+    for start in range(0, query_length, QUERY_BLOCK):
+        end = min(start + QUERY_BLOCK, query_length)
+        yield slice(start, end), slice(0, end if is_causal else key_length)
+
+
+def _block_weights(query, key, block, keys, attention_mask, is_causal, scaling):
+    """Attention weights of a block of queries, zeros for a query without keys."""
+    scores = torch.matmul(query[:, :, block] * scaling, key[:, :, keys].transpose(-1, -2))
+    if is_causal:
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu_(scores.shape[-1] - scores.shape[-2] + 1)
+        scores.masked_fill_(future, float("-inf"))
+    if attention_mask is None:
+        return scores.softmax(-1)
+    rows = block if attention_mask.shape[2] > 1 else slice(None)
+    scores.masked_fill_(~attention_mask[:, :, rows, keys], float("-inf"))
+    return scores.softmax(-1).nan_to_num_(0.0)
+
+
+def fused_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    dropout: float = 0.0,
+    is_causal: bool = False,
+    scaling: float | None = None,
+) -> torch.Tensor:
+    """torch's `scaled_dot_product_attention`, with the path for dropout on a CPU that it lacks: (B, H, T, K).
+
+    Args:
+        query: (B, H, T, K); `key` and `value`: (B, H, S, K).
+        attention_mask: booleans, true where a query attends, (B, 1, T or 1, S); or none.
+        is_causal: for T = S.
+    """
+    if dropout and query.device.type == "cpu" and not torch.compiler.is_compiling():
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        output = _AttentionWithDropout.apply(query, key, value, attention_mask, dropout, is_causal, scaling)
+        return output.to(value.dtype)
+    return nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=attention_mask, dropout_p=dropout, is_causal=is_causal, scale=scaling
+    )
 
 
 # In this file because a model on the Hub brings the files that it imports and runs no other code of the package.

@@ -64,8 +64,8 @@ def check_attention_mask(attention_mask, batch_size: int, length: int, past_key_
         if is_other.any():
             index = is_other.nonzero()[0]
             raise ValueError(
-                f"`attention_mask` holds {float(attention_mask[tuple(index)]):g} in row {int(index[0])}, but a mask of 2 "
-                "dimensions is 1 for a token and 0 for padding. Additive masks have 4: (B, 1, T, S)."
+                f"`attention_mask` holds {float(attention_mask[tuple(index)]):g} in row {int(index[0])}, but a mask of "
+                "2 dimensions is 1 for a token and 0 for padding. Additive masks have 4: (B, 1, T, S)."
             )
 
 

@@ -44,6 +44,7 @@ from .checks import (
     input_shape,
 )
 from .configuration_gpt2 import CustomGPT2Config
+from .dropout import Dropout
 from .layers import Conv1D, get_activation
 from .losses import linear_cross_entropy, next_token_labels, sequence_classification_loss
 from .matmul import project
@@ -83,8 +84,8 @@ class CustomGPT2Attention(nn.Module):
         else:
             self.c_attn = Conv1D(3 * width, width)
         self.c_proj = Conv1D(width, width, is_residual_projection=True)
-        self.attn_dropout = nn.Dropout(config.attn_pdrop)
-        self.resid_dropout = nn.Dropout(config.resid_pdrop)
+        self.attn_dropout = Dropout(config.attn_pdrop)
+        self.resid_dropout = Dropout(config.resid_pdrop)
 
     def forward(
         self,
@@ -107,7 +108,7 @@ class CustomGPT2Attention(nn.Module):
                 cache = getattr(past_key_values, "self_attention_cache", past_key_values)
                 key, value = cache.update(key, value, self.layer_idx)
 
-        implementation = implementation_for(self.config._attn_implementation, kwargs)
+        implementation = implementation_for(self.config._attn_implementation)
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         if self.config.reorder_and_upcast_attn:
             attention_interface = upcast_attention(attention_interface, implementation)
@@ -147,7 +148,7 @@ class CustomGPT2MLP(nn.Module):
         self.act = get_activation(config.activation_function, "activation_function")
         self.c_fc = Conv1D(inner, width)
         self.c_proj = Conv1D(width, inner, is_residual_projection=True)
-        self.dropout = nn.Dropout(config.resid_pdrop)
+        self.dropout = Dropout(config.resid_pdrop)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.dropout(self.c_proj(self.act(self.c_fc(hidden_states))))
@@ -267,7 +268,7 @@ class CustomGPT2Model(CustomGPT2PreTrainedModel):
         self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.position_embedding_type == "learned":
             self.wpe = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.drop = nn.Dropout(config.embd_pdrop)
+        self.drop = Dropout(config.embd_pdrop)
         self.h = nn.ModuleList([CustomGPT2Block(config, layer_idx=i) for i in range(config.num_hidden_layers)])
         self.ln_f = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.gradient_checkpointing = False
@@ -507,8 +508,8 @@ class CustomGPT2SequenceSummary(nn.Module):
         self.activation = nn.Identity()
         if config.summary_activation:
             self.activation = get_activation(config.summary_activation, "summary_activation")
-        self.first_dropout = nn.Dropout(config.summary_first_dropout)
-        self.last_dropout = nn.Dropout(config.summary_last_dropout)
+        self.first_dropout = Dropout(config.summary_first_dropout)
+        self.last_dropout = Dropout(config.summary_last_dropout)
 
     def forward(self, hidden_states: torch.Tensor, cls_index: torch.LongTensor | None = None) -> torch.Tensor:
         """(..., T, D), and positions (...) for `cls_index`, -> (..., classes). No positions: the last one is read."""
@@ -698,7 +699,7 @@ class CustomGPT2ForTokenClassification(CustomGPT2PreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.transformer = CustomGPT2Model(config)
-        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.dropout = Dropout(config.classifier_dropout)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 

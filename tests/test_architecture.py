@@ -15,7 +15,7 @@ SCRIPTS = sorted((ROOT / "training").rglob("*.py"))
 
 # From the bottom up; a file imports only from levels below its own.
 LEVELS = [
-    ("ops", "outputs", "checks", "matmul"),
+    ("ops", "outputs", "checks", "dropout", "matmul"),
     ("packing", "layers", "losses"),
     ("attention",),
     ("configuration_*",),
