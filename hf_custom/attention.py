@@ -16,6 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from .dropout import keep_mask
+from .ops import is_traced
 from .packing import Buckets
 
 # Queries whose scores are in memory together, where dropout keeps torch's own kernels from running on a CPU.
@@ -105,7 +106,7 @@ def varlen_attention_forward(
     cu_seq_lens_k: torch.Tensor | None = None,
     max_length_q: int | None = None,
     max_length_k: int | None = None,
-    buckets: Buckets | None = None,
+    buckets: Callable[[], Buckets] | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """Attention of sequences packed into one row, each to itself or to its own keys, and to no other.
@@ -117,7 +118,7 @@ def varlen_attention_forward(
         query: (1, H, total, K); `key` and `value`: (1, H, total of the keys, K).
         cu_seq_lens_q, cu_seq_lens_k: (N + 1,), where the queries and the keys of N sequences begin, and the totals.
         max_length_q, max_length_k: of the longest sequence.
-        buckets: the groups, when they are known.
+        buckets: gives the groups, shared by all layers of a call.
 
     Returns:
         The output (1, total, H, K), and no weights. A sequence without keys gets zeros.
@@ -139,9 +140,8 @@ def varlen_attention_forward(
         lengths = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
         output = varlen_attn(query, key, value, *lengths, scale=scaling, window_size=window)
     else:
-        if buckets is None:
-            buckets = Buckets.of(cu_seq_lens_q, cu_seq_lens_k)
-        output = _attend_in_buckets(query, key, value, buckets, scaling, dropout, is_causal)
+        groups = buckets() if buckets is not None else Buckets.of(cu_seq_lens_q, cu_seq_lens_k)
+        output = _attend_in_buckets(query, key, value, groups, scaling, dropout, is_causal)
     return output.unsqueeze(0), None
 
 
@@ -238,7 +238,7 @@ def fused_attention(
         attention_mask: booleans, true where a query attends, (B, 1, T or 1, S); or none.
         is_causal: for T = S.
     """
-    if dropout and query.device.type == "cpu" and not torch.compiler.is_compiling():
+    if dropout and query.device.type == "cpu" and not is_traced():
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         output = _AttentionWithDropout.apply(query, key, value, attention_mask, dropout, is_causal, scaling)
         return output.to(value.dtype)

@@ -8,6 +8,8 @@ rounded one. The numbers come from torch's generator, so that a seed repeats the
 import torch
 from torch import nn
 
+from .ops import is_traced
+
 STEPS = 2**16
 
 
@@ -38,7 +40,7 @@ class Dropout(nn.Dropout):
     """`nn.Dropout` with `keep_mask` on a CPU."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if not self.training or self.p == 0 or input.device.type != "cpu" or torch.compiler.is_compiling():
+        if not self.training or self.p == 0 or input.device.type != "cpu" or is_traced():
             return super().forward(input)
         return _Dropout.apply(input, self.p)
 

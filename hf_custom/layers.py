@@ -7,7 +7,8 @@ from torch import nn
 from transformers import pytorch_utils
 from transformers.activations import ACT2FN
 
-from .matmul import affine
+from .matmul import affine, times, times_transposed
+from .ops import is_traced
 
 
 class Conv1D(pytorch_utils.Conv1D):
@@ -30,6 +31,57 @@ class Conv1D(pytorch_utils.Conv1D):
         return affine(x.reshape(-1, self.nx), self.weight, self.bias).view(*x.shape[:-1], self.nf)
 
 
+class _ActivatedAffine(torch.autograd.Function):
+    """act(x) · weight + bias, for which the backward pass computes act(x) again instead of keeping it."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, act):
+        ctx.act, device = act, x.device.type
+        ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        ctx.save_for_backward(x, weight, bias)
+        return affine(act(x), weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        x, weight, bias = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        # The graph of a second derivative goes through the input itself.
+        is_differentiated = torch.is_grad_enabled()
+        grad_x = grad_weight = grad_bias = None
+        device, dtype, is_enabled = ctx.autocast
+        with torch.autocast(device, dtype, is_enabled), torch.enable_grad():
+            x = x if is_differentiated else x.detach().requires_grad_()
+            activated = ctx.act(x)
+            with torch.set_grad_enabled(is_differentiated):
+                if needs_weight:
+                    grad_weight = times(activated.t(), grad_output.contiguous()).to(weight.dtype)
+                if needs_bias:
+                    grad_bias = grad_output.sum(0).to(bias.dtype)
+                if needs_x:
+                    grad_activated = times_transposed(grad_output, weight).to(activated.dtype)
+                    (grad_x,) = torch.autograd.grad(activated, x, grad_activated, create_graph=is_differentiated)
+        return grad_x, grad_weight, grad_bias, None
+
+
+def project_activated(act: nn.Module, x: torch.Tensor, projection: nn.Module) -> torch.Tensor:
+    """`projection(act(x))`, the second half of a feed-forward layer, without keeping act(x) in training: (..., nf).
+
+    At four times the hidden size it is the largest tensor of a block, and the cheapest to compute again.
+    """
+    is_plain = (
+        type(projection) is Conv1D
+        and "forward" not in vars(projection)
+        and not projection._forward_hooks
+        and not projection._forward_pre_hooks
+        and not projection._backward_hooks
+        and type(projection.weight) in (torch.Tensor, nn.Parameter)
+    )
+    if not is_plain or not torch.is_grad_enabled() or is_traced() or next(act.parameters(), None) is not None:
+        return projection(act(x))
+    rows = _ActivatedAffine.apply(x.reshape(-1, x.shape[-1]), projection.weight, projection.bias, act)
+    return rows.view(*x.shape[:-1], projection.nf)
+
+
 def get_activation(name: str, field: str) -> nn.Module:
     """The host's activation of that name; `gelu_new` (Hendrycks and Gimpel 2016, tanh form) as torch's one kernel.
 
@@ -43,4 +95,4 @@ def get_activation(name: str, field: str) -> nn.Module:
     return ACT2FN["gelu_pytorch_tanh" if name == "gelu_new" else name]
 
 
-__all__ = ["Conv1D", "get_activation"]
+__all__ = ["Conv1D", "get_activation", "project_activated"]

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .matmul import is_plain_linear, times, times_transposed
+from .ops import is_traced
 
 # Rows of hidden states whose logits are in memory together, by default. A CPU works from its cache; an accelerator
 # needs large products, and 4,096 rows of 50,257 float32 logits are 0.8 GB.
@@ -100,12 +101,12 @@ def linear_cross_entropy(
     if chunk_size <= 0:
         raise ValueError(f"`chunk_size` is {chunk_size} but at least one row is computed at a time. Use 256, say.")
     labels = labels.to(hidden_states.device)
-    if not torch.compiler.is_compiling():
+    if not is_traced():
         labelled = (labels != ignore_index).nonzero().squeeze(-1)
         if len(labelled) < len(labels):
             hidden_states, labels = hidden_states[labelled], labels[labelled]
     options = (chunk_size, ignore_index, label_smoothing, z_loss)
-    if is_plain_linear(head) and not torch.compiler.is_compiling():
+    if is_plain_linear(head) and not is_traced():
         total = _LinearCrossEntropy.apply(hidden_states, head.weight, head.bias, labels, *options)
     else:
         total = _cross_entropy_by_calls(hidden_states, head, labels, *options)
@@ -132,7 +133,7 @@ def _cross_entropy_by_calls(hidden_states, head, labels, chunk_size, *options):
 
     total = hidden_states.new_zeros((), dtype=torch.float32)
     for rows, row_labels in zip(hidden_states.split(chunk_size), labels.split(chunk_size), strict=True):
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
             total = total + torch.utils.checkpoint.checkpoint(chunk_loss, rows, row_labels, use_reentrant=False)
         else:
             total = total + chunk_loss(rows, row_labels)

@@ -8,9 +8,14 @@ own way. The sums are float32 in every case and differ by rounding alone.
 Shape letters of this file: N rows, I inputs, O outputs.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import nn
 
+from .ops import is_traced
+
+HAS_ONEDNN = torch.backends.mkldnn.is_available()
 # Of oneDNN: below, torch itself turns a 1x1 convolution away from it.
 FEWEST_ROWS, FEWEST_ENTRIES = 32, 20_480
 # Of the split of few rows: below, the weight is in the cache and a second core gains nothing.
@@ -32,7 +37,7 @@ def _use_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
         len(x) >= FEWEST_ROWS
         and x.numel() > FEWEST_ENTRIES
         and min(weight.shape) >= FEWEST_ROWS
-        and torch.backends.mkldnn.is_available()
+        and HAS_ONEDNN
         and weight.is_contiguous()
     )
 
@@ -44,7 +49,7 @@ def _split_rows(x: torch.Tensor, weight: torch.Tensor) -> bool:
         and weight.numel() >= SMALLEST_WEIGHT_TO_SPLIT
         and weight.is_contiguous()
         and not is_training
-        and not torch.compiler.is_compiling()
+        and not is_traced()
     )
 
 
@@ -148,11 +153,16 @@ def _affine_of_few_rows(x, weight, bias):
         return torch.addmm(bias, x, weight)
     if len(x) == 1:
         # A sum of the weight's rows, which `embedding_bag` takes at the speed of memory.
-        rows = torch.arange(weight.shape[0], device=weight.device).view(parts, -1)
+        rows = _row_numbers(len(weight), parts)
         sums = nn.functional.embedding_bag(rows, weight, per_sample_weights=x.reshape(parts, -1), mode="sum")
         return sums.sum(0, keepdim=True) + bias
     sums = torch.bmm(x.view(len(x), parts, -1).transpose(0, 1), weight.view(parts, -1, weight.shape[1]))
     return sums.sum(0) + bias
+
+
+@lru_cache(maxsize=32)
+def _row_numbers(count, parts):
+    return torch.arange(count).view(parts, -1)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -45,7 +45,7 @@ from .checks import (
 )
 from .configuration_gpt2 import CustomGPT2Config
 from .dropout import Dropout
-from .layers import Conv1D, get_activation
+from .layers import Conv1D, get_activation, project_activated
 from .losses import linear_cross_entropy, next_token_labels, sequence_classification_loss
 from .matmul import project
 from .ops import (
@@ -151,7 +151,7 @@ class CustomGPT2MLP(nn.Module):
         self.dropout = Dropout(config.resid_pdrop)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.dropout(self.c_proj(self.act(self.c_fc(hidden_states))))
+        return self.dropout(project_activated(self.act, self.c_fc(hidden_states), self.c_proj))
 
 
 class CustomGPT2Block(GradientCheckpointingLayer):

@@ -7,6 +7,11 @@ V vocabulary.
 import torch
 
 
+def is_traced() -> bool:
+    """Whether a compiler or a transform of `torch.func` runs the code, for which only torch's own operators will do."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
 def split_heads(hidden_states: torch.Tensor, head_size: int) -> torch.Tensor:
     """(B, T, H·K) -> (B, H, T, K)."""
     return hidden_states.unflatten(-1, (-1, head_size)).transpose(1, 2)

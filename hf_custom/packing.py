@@ -7,9 +7,11 @@ recognised by positions that restart or by the host's `cu_seq_lens_*`. Attention
 """
 
 from dataclasses import dataclass
-from functools import cached_property, wraps
+from functools import cache, partial, wraps
 
 import torch
+
+from .ops import is_traced
 
 # Implementations of attention that take cumulative lengths. The others compute the padded batch with a mask.
 TAKE_LENGTHS = ("sdpa", "varlen", "flash_attention_2", "flash_attention_3")
@@ -91,12 +93,9 @@ class Packing:
             "cu_seq_lens_k": keys.cu_seq_lens,
             "max_length_q": self.max_length,
             "max_length_k": keys.max_length,
-            "buckets": self._own_buckets if keys is self else Buckets.of(self.cu_seq_lens, keys.cu_seq_lens),
+            # Divided when the first layer asks, and not at all for a kernel that needs no division.
+            "buckets": cache(partial(Buckets.of, self.cu_seq_lens, keys.cu_seq_lens)),
         }
-
-    @cached_property
-    def _own_buckets(self):
-        return Buckets.of(self.cu_seq_lens, self.cu_seq_lens)
 
 
 def choose_packing(
@@ -120,7 +119,7 @@ def choose_packing(
     )
     are_lengths_given = lengths["cu_seq_lens_q"] is not None
     # Where sequences begin is data, which a compiled graph cannot branch on.
-    if torch.compiler.is_compiling() or (is_ordinary and not are_lengths_given):
+    if is_traced() or (is_ordinary and not are_lengths_given):
         return None, position_ids
     packing = find_packing(attention_mask, position_ids, tuple(tokens.shape[:2]), lengths)
     if packing is not None and are_lengths_given and position_ids is None:
@@ -239,6 +238,101 @@ def cache_on_request(forward):
         return forward(self, *args, **kwargs)
 
     return wrapper
+
+
+# --- Documents to rows ---
+
+
+def best_fit(lengths: torch.Tensor, max_tokens: int) -> torch.Tensor:
+    """Put documents into rows of at most `max_tokens`, longest first, each where it leaves least room.
+
+    Best-fit decreasing (Johnson 1973); a step serves all documents of one length at once.
+
+    Args:
+        lengths: (N,) integers, from 1 to `max_tokens`.
+
+    Returns:
+        (N,), the row of each document.
+    """
+    if len(lengths) and not 1 <= int(lengths.min()) <= int(lengths.max()) <= max_tokens:
+        index = int(((lengths < 1) | (lengths > max_tokens)).nonzero()[0])
+        raise ValueError(
+            f"document {index} has {int(lengths[index])} tokens, but a row takes 1 to {max_tokens}. "
+            "Cut the document or raise `max_tokens`."
+        )
+    rows = torch.empty(len(lengths), dtype=torch.long)
+    # Rows by the room they have left.
+    open_rows: dict[int, list[int]] = {}
+    count = 0
+    order = lengths.argsort(descending=True, stable=True)
+    for members in order.split(lengths[order].unique_consecutive(return_counts=True)[1].tolist()):
+        length, members = int(lengths[members[0]]), members.tolist()
+        while members:
+            room = min((room for room in open_rows if room >= length), default=max_tokens)
+            found = open_rows.pop(room, [])
+            if not found:
+                found, count = [count], count + 1
+            each = room // length
+            taken = found[: -(-len(members) // each)]
+            if found[len(taken) :]:
+                open_rows[room] = found[len(taken) :]
+            for row in taken:
+                placed, members = members[:each], members[each:]
+                rows[placed] = row
+                open_rows.setdefault(room - length * len(placed), []).append(row)
+    return rows
+
+
+@dataclass
+class PackingCollator:
+    """Documents to packed rows: `input_ids`, `labels` and `position_ids` that begin again with each document.
+
+    With `max_tokens`, rows of that many tokens at most, best fit; what they leave open, a few percent, is filled as
+    one more document that nothing is learnt from. Without, all documents are one row and nothing is left open.
+
+    Args:
+        max_tokens: of a row.
+        pad_token_id: of the filling.
+
+    A document is a dictionary with `input_ids` and, if wanted, `labels`, which are the ids themselves otherwise. The
+    first label of a document is -100: nothing stands before it.
+    """
+
+    max_tokens: int | None = None
+    pad_token_id: int = 0
+
+    def __call__(self, documents: list[dict]) -> dict[str, torch.Tensor]:
+        ids = [torch.as_tensor(document["input_ids"], dtype=torch.long) for document in documents]
+        labels = [torch.as_tensor(document.get("labels", document["input_ids"])) for document in documents]
+        for index, (row, row_labels) in enumerate(zip(ids, labels, strict=True)):
+            if len(row) != len(row_labels) or len(row) == 0:
+                raise ValueError(
+                    f"document {index} has {len(row)} ids and {len(row_labels)} labels. Give one label an id, and "
+                    "leave out empty documents."
+                )
+        lengths = torch.tensor([len(row) for row in ids])
+        rows = torch.zeros_like(lengths)
+        if self.max_tokens is not None:
+            rows = best_fit(lengths, self.max_tokens)
+        order = rows.argsort(stable=True)
+        lengths, rows = lengths[order], rows[order]
+        filled = torch.zeros(int(rows[-1]) + 1, dtype=torch.long).index_add_(0, rows, lengths)
+        width = int(filled.max())
+        # Where each document begins, counted through all rows; then the place of each token.
+        before = lengths.cumsum(0) - lengths
+        starts = before - (filled.cumsum(0) - filled)[rows] + rows * width
+        positions = torch.arange(int(lengths.sum())) - before.repeat_interleave(lengths)
+        places = positions + starts.repeat_interleave(lengths)
+        shape = (len(filled), width)
+        input_ids = torch.full(shape, self.pad_token_id).flatten()
+        input_ids[places] = torch.cat([ids[i] for i in order])
+        all_labels = torch.full(shape, -100).flatten()
+        all_labels[places] = torch.cat([labels[i] for i in order]).long()
+        all_labels[starts] = -100
+        position_ids = (torch.arange(width) - filled[:, None]).clamp(min=0).flatten()
+        position_ids[places] = positions
+        batch = {"input_ids": input_ids, "labels": all_labels, "position_ids": position_ids}
+        return {name: tensor.view(shape) for name, tensor in batch.items()}
 
 
 # --- Groups of similar length, for attention kernels that take rectangles ---
@@ -384,4 +478,13 @@ def _side(groups, group_lengths, starts, lengths, device):
     return Side(torch.cat(gather).to(device), scatter.to(device), is_identity)
 
 
-__all__ = ["Buckets", "Packing", "cache_on_request", "choose_packing", "find_packing", "unpadding"]
+__all__ = [
+    "Buckets",
+    "Packing",
+    "PackingCollator",
+    "best_fit",
+    "cache_on_request",
+    "choose_packing",
+    "find_packing",
+    "unpadding",
+]

@@ -1,5 +1,6 @@
 """The one Trainer subclass of the scripts: what stock lacks, and nothing else."""
 
+import inspect
 import time
 from pathlib import Path
 
@@ -35,6 +36,13 @@ class CustomTrainer(Trainer):
         if self._clock_start is not None:
             self._clock_start += time.perf_counter() - start
         return metrics
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Without the logits of an evaluation that reads the loss alone, where the model can leave them out."""
+        accepts = "return_logits" in inspect.signature(self.accelerator.unwrap_model(model).forward).parameters
+        if prediction_loss_only and accepts and "labels" in inputs:
+            inputs = {**inputs, "return_logits": False}
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._clock_start is not None:

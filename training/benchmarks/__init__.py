@@ -1,0 +1,1 @@
+"""Speed and memory beside stock Transformers: `python -m training.benchmarks --help`."""

@@ -1,0 +1,206 @@
+"""One contender in a process of its own: builds its model, then works when it is told to.
+
+Commands come a line each on the standard input, answers as a line of JSON on the standard output: `proof` saves what
+the contender computes, so that it can be compared; `round` does the work and says how long it took; `memory` does it
+once more and says how much memory it had at most.
+"""
+
+import json
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM
+
+from training.benchmarks.measure import memory_now, peak_memory, reset_peak, synchronize
+from training.benchmarks.texts import batches
+
+
+class Workload:
+    """A model and the batches that it works on; `spec` is described in `contenders.py`."""
+
+    auto_class = AutoModelForCausalLM
+
+    def __init__(self, spec: dict):
+        self.spec, self.device = spec, spec["device"]
+        self.setting = spec["setting"]
+        if self.setting["library"] == "ours":
+            import hf_custom
+
+            hf_custom.register(replace_stock=True)
+        self.start_memory = memory_now(self.device)
+        self.build()
+
+    def build(self) -> None:
+        self.model = self.auto_class.from_pretrained(self.spec["checkpoint"], **self.setting["config"]).to(self.device)
+        if self.setting["compile"]:
+            self.model.compile(dynamic=True)
+        documents = json.loads(Path(self.spec["documents"]).read_text())
+        self.batches = [
+            {name: tensor.to(self.device) for name, tensor in batch.items()}
+            for batch in batches(documents, self.spec["batch_size"], self.setting["group_by_length"])
+        ]
+
+    def autocast(self):
+        return torch.autocast(self.device, torch.bfloat16) if self.setting["bf16"] else nullcontext()
+
+    def round(self) -> None:
+        raise NotImplementedError
+
+    def proof(self) -> dict[str, torch.Tensor]:
+        """What must agree between contenders."""
+        raise NotImplementedError
+
+
+class Train(Workload):
+    """Training steps: forward, backward, AdamW."""
+
+    def build(self):
+        super().build()
+        self.model.train()
+        self.model.config.use_cache = False
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
+
+    def round(self):
+        for batch in self.batches:
+            with self.autocast():
+                loss = self.model(**batch).loss
+            loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    def proof(self):
+        """Mean loss over all tokens and the norm of its gradient, which no grouping of documents changes."""
+        dropouts = [(module, module.p) for module in self.model.modules() if isinstance(module, nn.Dropout)]
+        for module, _ in dropouts:
+            module.p = 0.0
+        counts = [int((batch["labels"][:, 1:] != -100).sum()) for batch in self.batches]
+        total = 0.0
+        for batch, count in zip(self.batches, counts, strict=True):
+            with self.autocast():
+                loss = self.model(**batch).loss * (count / sum(counts))
+            loss.backward()
+            total += loss.detach()
+        norm = torch.stack([parameter.grad.norm() for parameter in self.model.parameters()]).norm()
+        self.optimizer.zero_grad()
+        for module, p in dropouts:
+            module.p = p
+        return {"loss": total.float(), "gradient norm": norm}
+
+
+class Encode(Workload):
+    """Hidden states of padded batches, without gradients."""
+
+    auto_class = AutoModel
+
+    def build(self):
+        super().build()
+        self.model.eval()
+        for batch in self.batches:
+            batch.pop("labels")
+
+    @torch.no_grad()
+    def states(self, batch):
+        with self.autocast():
+            return self.model(**batch, use_cache=False).last_hidden_state
+
+    def round(self):
+        for batch in self.batches:
+            self.states(batch)
+
+    def proof(self):
+        states = [self.states(batch)[batch["attention_mask"].bool()] for batch in self.batches]
+        return {"hidden states": torch.cat(states).float()}
+
+
+class Decode(Workload):
+    """Greedy generation after a prompt."""
+
+    def build(self):
+        super().build()
+        self.model.eval()
+        for batch in self.batches:
+            batch.pop("labels")
+
+    def round(self):
+        length = self.spec["new_tokens"]
+        options = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": False, "pad_token_id": 0}
+        return [self.model.generate(**batch, **options, **self.setting["generate"]) for batch in self.batches]
+
+    def proof(self):
+        return {f"tokens {i}": tokens for i, tokens in enumerate(self.round())}
+
+
+class Loss(Workload):
+    """Projection to the vocabulary and cross-entropy, forward and backward, of random states."""
+
+    def build(self):
+        torch.manual_seed(0)
+        rows, width, vocab_size = self.spec["rows"], self.spec["width"], self.spec["vocab_size"]
+        dtype = torch.bfloat16 if self.setting["bf16"] else torch.float32
+        options = {"device": self.device, "dtype": dtype}
+        self.head = nn.Linear(width, vocab_size, bias=False, **options)
+        self.states = torch.randn(rows, width, **options).requires_grad_()
+        self.labels = torch.randint(0, vocab_size, (rows,), device=self.device)
+
+    def loss(self):
+        if self.setting["library"] == "ours":
+            from hf_custom.losses import linear_cross_entropy
+
+            return linear_cross_entropy(self.states, self.head, self.labels)
+        if self.setting["library"] == "torch":
+            options = torch.nn.LinearCrossEntropyOptions()
+            return nn.functional.linear_cross_entropy(self.states, self.head.weight, self.labels, options=options)
+        return nn.functional.cross_entropy(self.head(self.states).float(), self.labels)
+
+    def round(self):
+        self.head.weight.grad = self.states.grad = None
+        loss = self.loss()
+        loss.backward()
+        return loss.detach()
+
+    def proof(self):
+        loss = self.round()
+        return {
+            "loss": loss.float(),
+            "states' gradient": self.states.grad.float(),
+            "weight's gradient": self.head.weight.grad.float(),
+        }
+
+
+WORKLOADS = {"train": Train, "encode": Encode, "decode": Decode, "loss": Loss}
+
+
+def answer(workload: Workload, command: str, spec: dict) -> dict:
+    device = spec["device"]
+    if command == "proof":
+        path = f"{spec['proofs']}.pt"
+        torch.save({name: tensor.cpu() for name, tensor in workload.proof().items()}, path)
+        return {"path": path}
+    if command == "memory":
+        reset_peak(device)
+    synchronize(device)
+    start = time.perf_counter()
+    workload.round()
+    synchronize(device)
+    elapsed = time.perf_counter() - start
+    if command == "memory":
+        return {"peak": peak_memory(device) - workload.start_memory, "process": peak_memory(device)}
+    return {"seconds": elapsed}
+
+
+def main() -> None:
+    # The answers have the standard output for themselves.
+    out, sys.stdout = sys.stdout, sys.stderr
+    spec = json.loads(sys.stdin.readline())
+    workload = WORKLOADS[spec["workload"]](spec)
+    for command in sys.stdin:
+        torch.manual_seed(0)
+        print(json.dumps(answer(workload, command.strip(), spec)), file=out, flush=True)
+
+
+if __name__ == "__main__":
+    main()
