@@ -6,9 +6,11 @@ step, and under `torch.compile` it would break the graph.
 
 import torch
 
+from .ops import is_traced
+
 
 def _can_read(tensor: torch.Tensor) -> bool:
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and tensor.numel() > 0
+    return tensor.device.type == "cpu" and not is_traced() and tensor.numel() > 0
 
 
 def _first_row_outside(tensor: torch.Tensor, low: int, high: int, ignore_index: int | None = None):
@@ -29,7 +31,10 @@ def input_shape(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | No
     """Shape (..., T) of the input, of which exactly one form is given: ids (..., T) or embeddings (..., T, D)."""
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("pass exactly one of `input_ids` and `inputs_embeds`.")
-    return tuple(input_ids.shape) if input_ids is not None else tuple(inputs_embeds.shape[:-1])
+    name, shape = ("input_ids", input_ids.shape) if input_ids is not None else ("inputs_embeds", inputs_embeds.shape)
+    if 0 in shape:
+        raise ValueError(f"`{name}` has shape {tuple(shape)}, without a token. Leave out empty batches and texts.")
+    return tuple(shape) if input_ids is not None else tuple(shape[:-1])
 
 
 def check_ids(ids: torch.Tensor, vocab_size: int, name: str) -> None:

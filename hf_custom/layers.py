@@ -7,8 +7,9 @@ from torch import nn
 from transformers import pytorch_utils
 from transformers.activations import ACT2FN
 
-from .matmul import affine, times, times_transposed
-from .ops import is_traced
+from .dropout import Dropout
+from .matmul import affine, has_hooks, times, times_transposed
+from .ops import first_attended, is_traced, last_attended, padding_of
 
 
 class Conv1D(pytorch_utils.Conv1D):
@@ -51,7 +52,8 @@ class _ActivatedAffine(torch.autograd.Function):
         device, dtype, is_enabled = ctx.autocast
         with torch.autocast(device, dtype, is_enabled), torch.enable_grad():
             x = x if is_differentiated else x.detach().requires_grad_()
-            activated = ctx.act(x)
+            # A view, because a leaf may carry hooks that no inner gradient can run.
+            activated = ctx.act(x.view_as(x))
             with torch.set_grad_enabled(is_differentiated):
                 if needs_weight:
                     grad_weight = times(activated.t(), grad_output.contiguous()).to(weight.dtype)
@@ -70,10 +72,7 @@ def project_activated(act: nn.Module, x: torch.Tensor, projection: nn.Module) ->
     """
     is_plain = (
         type(projection) is Conv1D
-        and "forward" not in vars(projection)
-        and not projection._forward_hooks
-        and not projection._forward_pre_hooks
-        and not projection._backward_hooks
+        and not any("forward" in vars(module) or has_hooks(module) for module in (act, projection))
         and type(projection.weight) in (torch.Tensor, nn.Parameter)
     )
     if not is_plain or not torch.is_grad_enabled() or is_traced() or next(act.parameters(), None) is not None:
@@ -95,4 +94,57 @@ def get_activation(name: str, field: str) -> nn.Module:
     return ACT2FN["gelu_pytorch_tanh" if name == "gelu_new" else name]
 
 
-__all__ = ["Conv1D", "get_activation", "project_activated"]
+class SequenceSummary(nn.Module):
+    """One vector a sequence: pick or average its real positions, then project and activate, with dropout around both.
+
+    Args:
+        config: with the fields `summary_*`.
+        num_classes: size of the vector, when it is projected to labels.
+    """
+
+    def __init__(self, config, num_classes: int):
+        super().__init__()
+        self.summary_type = config.summary_type
+        if self.summary_type == "attn":
+            raise ValueError(
+                "`summary_type='attn'` has never been defined for GPT-2, in stock either. "
+                "Use 'cls_index', 'last', 'first' or 'mean'."
+            )
+        width = config.hidden_size
+        self.summary = nn.Identity()
+        if config.summary_use_proj:
+            self.summary = nn.Linear(width, num_classes if config.summary_proj_to_labels else width)
+        self.activation = nn.Identity()
+        if config.summary_activation:
+            self.activation = get_activation(config.summary_activation, "summary_activation")
+        self.first_dropout = Dropout(config.summary_first_dropout)
+        self.last_dropout = Dropout(config.summary_last_dropout)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        cls_index: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """(..., T, D) -> (..., classes).
+
+        Args:
+            cls_index: (...), the position to read for `cls_index`; the last real one when not given.
+            attention_mask: (..., T), 1 for real tokens; all are, when there is none.
+        """
+        is_padding = padding_of(attention_mask, hidden_states.shape[:-1])
+        is_real = torch.ones_like(hidden_states[..., 0]) if is_padding is None else ~is_padding
+        if self.summary_type == "mean":
+            share = is_real / is_real.sum(-1, keepdim=True).clamp(min=1)
+            output = (hidden_states * share[..., None].to(hidden_states.dtype)).sum(-2)
+        else:
+            if self.summary_type == "first":
+                cls_index = first_attended(is_real)
+            elif self.summary_type == "last" or cls_index is None:
+                cls_index = last_attended(is_real)
+            index = cls_index[..., None, None].expand(*cls_index.shape, 1, hidden_states.shape[-1])
+            output = hidden_states.gather(-2, index).squeeze(-2)
+        return self.last_dropout(self.activation(self.summary(self.first_dropout(output))))
+
+
+__all__ = ["Conv1D", "SequenceSummary", "get_activation", "project_activated"]

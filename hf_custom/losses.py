@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .matmul import is_plain_linear, times, times_transposed
-from .ops import is_traced
+from .ops import is_traced, padding_of
 
 # Rows of hidden states whose logits are in memory together, by default. A CPU works from its cache; an accelerator
 # needs large products, and 4,096 rows of 50,257 float32 logits are 0.8 GB.
@@ -56,15 +56,16 @@ def next_token_labels(
     next.
 
     Args:
-        attention_mask: (..., S) of zeros and ones, whose last T columns are those of `labels`; another is not read.
+        attention_mask: (..., S) of zeros and ones, whose last T columns are those of `labels`; its leading axes may be
+            one. Another is not read.
         shift_labels: labels (..., T) that are shifted already, as the host passes them under sequence parallelism.
     """
     if shift_labels is None:
         shift_labels = nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
-    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == labels.ndim < 4:
-        is_padding = attention_mask[..., -labels.shape[-1] :] == 0
-        shift_labels = shift_labels.masked_fill(is_padding.to(shift_labels.device), ignore_index)
-    return shift_labels
+    is_padding = padding_of(attention_mask, labels.shape)
+    if is_padding is None:
+        return shift_labels
+    return shift_labels.masked_fill(is_padding.to(shift_labels.device), ignore_index)
 
 
 def linear_cross_entropy(

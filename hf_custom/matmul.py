@@ -24,9 +24,12 @@ MOST_ROWS_TO_SPLIT, SMALLEST_WEIGHT_TO_SPLIT = 8, 2**18
 ONE_CELL = {"dilation": 2}
 
 
-def _is_plain_float32(x: torch.Tensor, weight: torch.Tensor) -> bool:
+def _is_ours(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether the product may take another way than torch's own."""
     return (
-        x.dtype == weight.dtype == torch.float32
+        # Too small for either way, which is the cheapest to see.
+        (x.numel() > FEWEST_ENTRIES or weight.numel() >= SMALLEST_WEIGHT_TO_SPLIT)
+        and x.dtype == weight.dtype == torch.float32
         and x.device.type == weight.device.type == "cpu"
         and not torch.is_autocast_enabled("cpu")
     )
@@ -124,21 +127,21 @@ class _Linear(torch.autograd.Function):
 
 def times(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x (N, I) · weight (I, O), without a gradient of its own."""
-    if _is_plain_float32(x, weight) and _use_onednn(x, weight):
+    if _is_ours(x, weight) and _use_onednn(x, weight):
         return _onednn_times(x, weight)
     return torch.mm(x, weight)
 
 
 def times_transposed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x (N, I) · weight (O, I)ᵀ, without a gradient of its own."""
-    if _is_plain_float32(x, weight) and _use_onednn(x, weight):
+    if _is_ours(x, weight) and _use_onednn(x, weight):
         return _onednn_times_transposed(x, weight)
     return torch.mm(x, weight.t())
 
 
 def affine(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """x (N, I) · weight (I, O) + bias (O,), the map of a Conv1D: (N, O)."""
-    if _is_plain_float32(x, weight):
+    if _is_ours(x, weight):
         if _use_onednn(x, weight):
             return _Affine.apply(x, weight, bias)
         if _split_rows(x, weight):
@@ -167,7 +170,7 @@ def _row_numbers(count, parts):
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x (N, I) · weight (O, I)ᵀ + bias (O,), the map of `nn.Linear`: (N, O)."""
-    if _is_plain_float32(x, weight):
+    if _is_ours(x, weight):
         if _use_onednn(x, weight):
             return _Linear.apply(x, weight, bias)
         if _split_rows(x, weight):
@@ -187,14 +190,17 @@ def _linear_of_few_rows(x, weight, bias):
     return output if bias is None else output + bias
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether someone listens to the module's calls."""
+    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
+
+
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether calling `module` is the map of an `nn.Linear` and nothing else: no wrapper, hook or sharded weight."""
     return (
         type(module) is nn.Linear
         and "forward" not in vars(module)
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and not module._backward_hooks
+        and not has_hooks(module)
         and type(module.weight) in (torch.Tensor, nn.Parameter)
         and module.weight.shape == (module.out_features, module.in_features)
     )
@@ -207,4 +213,4 @@ def project(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return linear(x.reshape(-1, x.shape[-1]), module.weight, module.bias).view(*x.shape[:-1], module.out_features)
 
 
-__all__ = ["affine", "is_plain_linear", "linear", "project", "times", "times_transposed"]
+__all__ = ["affine", "has_hooks", "is_plain_linear", "linear", "project", "times", "times_transposed"]

@@ -45,7 +45,7 @@ from .checks import (
 )
 from .configuration_gpt2 import CustomGPT2Config
 from .dropout import Dropout
-from .layers import Conv1D, get_activation, project_activated
+from .layers import Conv1D, SequenceSummary, get_activation, project_activated
 from .losses import linear_cross_entropy, next_token_labels, sequence_classification_loss
 from .matmul import project
 from .ops import (
@@ -53,6 +53,7 @@ from .ops import (
     keep_positions,
     last_attended,
     merge_heads,
+    padding_of,
     positions_from_mask,
     rotary_positions,
     sinusoidal_positions,
@@ -251,7 +252,9 @@ class CustomGPT2PreTrainedModel(PreTrainedModel):
         if labels is None:
             return logits, None
         shift_labels = next_token_labels(labels, attention_mask, kwargs.pop("shift_labels", None))
-        if hasattr(self, "_loss_function") or (logits is not None and logits.shape[:-1] == labels.shape):
+        has_all = logits is not None and logits.shape[:-1] == labels.shape
+        is_plain = not (kwargs.get("label_smoothing") or kwargs.get("z_loss"))
+        if hasattr(self, "_loss_function") or (has_all and is_plain):
             # A loss that the user has set reads logits; and logits at hand are not computed again.
             logits = project(self.lm_head, hidden_states) if logits is None else logits
             vocab_size = self.config.vocab_size
@@ -324,11 +327,9 @@ class CustomGPT2Model(CustomGPT2PreTrainedModel):
         if not torch.compiler.is_compiling():
             check_attention_mask(attention_mask, *tokens.shape[:2], past_key_values)
         encoder = (encoder_hidden_states, encoder_attention_mask)
-        packing, position_ids = choose_packing(
+        packing, attention_mask, position_ids, mask_positions = choose_packing(
             self.config, tokens, attention_mask, position_ids, past_key_values, use_cache, encoder, kwargs
         )
-
-        given_positions = position_ids
         if position_ids is None:
             position_ids = self._count_positions(tokens, attention_mask, past_key_values)
         if self.config.position_embedding_type == "learned":
@@ -347,7 +348,7 @@ class CustomGPT2Model(CustomGPT2PreTrainedModel):
             # From the caller's positions and cache alone: positions that restart, without a cache, mark documents.
             masking = {"config": self.config, "inputs_embeds": inputs_embeds}
             causal_mask = create_causal_mask(
-                **masking, attention_mask=attention_mask, past_key_values=past_key_values, position_ids=given_positions
+                **masking, attention_mask=attention_mask, past_key_values=past_key_values, position_ids=mask_positions
             )
             if encoder_hidden_states is not None:
                 cross_mask = create_bidirectional_mask(
@@ -490,41 +491,6 @@ class CustomGPT2ForCausalLM(CustomGPT2PreTrainedModel, GenerationMixin):
         )
 
 
-class CustomGPT2SequenceSummary(nn.Module):
-    """One vector a sequence: pick or average positions, then project and activate, with dropout around both."""
-
-    def __init__(self, config: CustomGPT2Config, num_classes: int):
-        super().__init__()
-        self.summary_type = config.summary_type
-        if self.summary_type == "attn":
-            raise ValueError(
-                "`summary_type='attn'` has never been defined for GPT-2, in stock either. "
-                "Use 'cls_index', 'last', 'first' or 'mean'."
-            )
-        width = config.hidden_size
-        self.summary = nn.Identity()
-        if config.summary_use_proj:
-            self.summary = nn.Linear(width, num_classes if config.summary_proj_to_labels else width)
-        self.activation = nn.Identity()
-        if config.summary_activation:
-            self.activation = get_activation(config.summary_activation, "summary_activation")
-        self.first_dropout = Dropout(config.summary_first_dropout)
-        self.last_dropout = Dropout(config.summary_last_dropout)
-
-    def forward(self, hidden_states: torch.Tensor, cls_index: torch.LongTensor | None = None) -> torch.Tensor:
-        """(..., T, D), and positions (...) for `cls_index`, -> (..., classes). No positions: the last one is read."""
-        if self.summary_type == "mean":
-            output = hidden_states.mean(dim=-2)
-        elif self.summary_type == "first":
-            output = hidden_states[..., 0, :]
-        elif self.summary_type == "last" or cls_index is None:
-            output = hidden_states[..., -1, :]
-        else:
-            index = cls_index[..., None, None].expand(*cls_index.shape, 1, hidden_states.shape[-1])
-            output = hidden_states.gather(-2, index).squeeze(-2)
-        return self.last_dropout(self.activation(self.summary(self.first_dropout(output))))
-
-
 class CustomGPT2DoubleHeadsModel(CustomGPT2PreTrainedModel, GenerationMixin):
     """Language model with a multiple-choice head beside it (Radford et al. 2018, section 3.2)."""
 
@@ -536,7 +502,7 @@ class CustomGPT2DoubleHeadsModel(CustomGPT2PreTrainedModel, GenerationMixin):
         self.loss_type = "ForCausalLM"
         self.transformer = CustomGPT2Model(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.multiple_choice_head = CustomGPT2SequenceSummary(config, num_classes=1)
+        self.multiple_choice_head = SequenceSummary(config, num_classes=1)
         self.post_init()
 
     @cache_on_request
@@ -583,7 +549,7 @@ class CustomGPT2DoubleHeadsModel(CustomGPT2PreTrainedModel, GenerationMixin):
         logits, loss = self._logits_and_loss(
             outputs.last_hidden_state, labels, attention_mask, 0, return_logits, kwargs
         )
-        mc_logits = self.multiple_choice_head(outputs.last_hidden_state, mc_token_ids).squeeze(-1)
+        mc_logits = self.multiple_choice_head(outputs.last_hidden_state, mc_token_ids, attention_mask).squeeze(-1)
         mc_loss = None
         if mc_labels is not None:
             mc_loss = nn.functional.cross_entropy(mc_logits.view(-1, mc_logits.shape[-1]), mc_labels.view(-1))
@@ -703,7 +669,7 @@ class CustomGPT2ForTokenClassification(CustomGPT2PreTrainedModel):
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
-    @cache_on_request
+    @cache_on_request(returns_cache=False)
     @can_return_tuple
     def forward(
         self,
@@ -747,6 +713,7 @@ class CustomGPT2ForQuestionAnswering(CustomGPT2PreTrainedModel):
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
 
+    @cache_on_request(returns_cache=False)
     @can_return_tuple
     def forward(
         self,
@@ -776,7 +743,12 @@ class CustomGPT2ForQuestionAnswering(CustomGPT2PreTrainedModel):
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
-        start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(-1)
+        # The loss compares all positions, so that padding is the same for it on every path.
+        is_padding = padding_of(attention_mask, shape)
+        hidden_states = outputs.last_hidden_state
+        if is_padding is not None:
+            hidden_states = hidden_states.masked_fill(is_padding[..., None], 0.0)
+        start_logits, end_logits = self.qa_outputs(hidden_states).unbind(-1)
         loss = None
         if start_positions is not None and end_positions is not None:
             loss = self.loss_function(start_logits, end_logits, start_positions, end_positions, **kwargs)

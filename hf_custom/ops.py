@@ -43,8 +43,20 @@ def positions_from_mask(attention_mask: torch.Tensor) -> torch.Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
+def padding_of(attention_mask: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor | None:
+    """Where a batch of `shape` (..., T) is padding, as booleans; `None` for a mask that is no 0/1 mask (..., S)."""
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim not in (2, 3):
+        return None
+    return (attention_mask[..., -shape[-1] :] == 0).reshape(shape)
+
+
+def first_attended(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Index (...) of the leftmost attended token of each row of a 0/1 mask (..., S)."""
+    return attention_mask.to(torch.int32).argmax(-1)
+
+
 def last_attended(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Index (B,) of the rightmost attended token of each row of a 0/1 mask (B, S), for left and right padding."""
+    """Index (...) of the rightmost attended token of each row of a 0/1 mask (..., S), for left and right padding."""
     columns = torch.arange(attention_mask.shape[-1], device=attention_mask.device, dtype=torch.int32)
     return (columns * attention_mask.to(torch.int32)).argmax(-1)
 

@@ -6,6 +6,7 @@ recognised by positions that restart or by the host's `cu_seq_lens_*`. Attention
 (`varlen_attention_forward`).
 """
 
+import inspect
 from dataclasses import dataclass
 from functools import cache, partial, wraps
 
@@ -80,11 +81,6 @@ class Packing:
         keys = Packing.of_lengths(is_real.sum(-1)[rows], tuple(states.shape[:2]), indices)
         return keys.unpad(states), self.attention_arguments(keys)
 
-    def position_ids(self) -> torch.Tensor:
-        """(B, T), counted from the beginning of each sequence; 0 at padding."""
-        starts = self.cu_seq_lens[:-1].repeat_interleave(self.cu_seq_lens.diff())
-        return self.repad((torch.arange(len(starts), device=starts.device) - starts).unsqueeze(0))
-
     def attention_arguments(self, keys: "Packing | None" = None) -> dict:
         """Keyword arguments for the attention function, over these tokens or over the `keys` of another packing."""
         keys = self if keys is None else keys
@@ -98,36 +94,53 @@ class Packing:
         }
 
 
-def choose_packing(
-    config, tokens, attention_mask, position_ids, past_key_values, use_cache, encoder, kwargs
-) -> tuple["Packing | None", torch.Tensor | None]:
-    """The packing to compute a batch in, `None` for the ordinary path, and the positions as far as they are known.
+def choose_packing(config, tokens, attention_mask, position_ids, past_key_values, use_cache, encoder, kwargs) -> tuple:
+    """Whether to compute a batch packed, and what masks and positions to compute it with.
 
     Args:
         tokens: ids or embeddings (B, T, ...).
         position_ids: as the caller gave them, (B, T) or (1, T).
         encoder: the encoder's states and mask, or two `None`.
         kwargs: of the call; the host's `cu_seq_lens_*` and `max_length_*` are taken out.
+
+    Returns:
+        The packing, `None` for the ordinary path; the attention mask; the positions, as far as they are known; and the
+        positions that a mask of documents is made from.
     """
     lengths = {name: kwargs.pop(name, None) for name in LENGTH_ARGUMENTS}
-    is_ordinary = (
-        config._attn_implementation not in TAKE_LENGTHS
-        or past_key_values is not None
-        or use_cache
-        or kwargs.get("output_attentions", getattr(config, "output_attentions", False))
-        or (isinstance(encoder[1], torch.Tensor) and encoder[1].ndim != 2)
-    )
     are_lengths_given = lengths["cu_seq_lens_q"] is not None
+    shape = tuple(tokens.shape[:2])
+    is_packed = (
+        config._attn_implementation in TAKE_LENGTHS
+        and past_key_values is None
+        and not use_cache
+        and not kwargs.get("output_attentions", getattr(config, "output_attentions", False))
+        and not (isinstance(encoder[1], torch.Tensor) and encoder[1].ndim != 2)
+    )
+    packing = None
     # Where sequences begin is data, which a compiled graph cannot branch on.
-    if is_traced() or (is_ordinary and not are_lengths_given):
-        return None, position_ids
-    packing = find_packing(attention_mask, position_ids, tuple(tokens.shape[:2]), lengths)
-    if packing is not None and are_lengths_given and position_ids is None:
-        position_ids = packing.position_ids()
+    if not is_traced():
+        if past_key_values is None:
+            refuse_restart(attention_mask, position_ids)
+        if is_packed or are_lengths_given:
+            packing = find_packing(attention_mask, position_ids, shape, lengths)
+    mask_positions = position_ids
+    if are_lengths_given:
+        # The lengths alone say which tokens are a document; a mask of ones would unite them again.
+        attention_mask = None
+        mask_positions = positions_of(lengths["cu_seq_lens_q"], shape)
+        position_ids = mask_positions if position_ids is None else position_ids
     # The documents of a packed row share one encoder, which the ordinary path's mask can say.
-    if packing is None or is_ordinary or (packing.indices is None and encoder[0] is not None):
-        return None, position_ids
-    return packing, position_ids
+    if not is_packed or (packing is not None and packing.indices is None and encoder[0] is not None):
+        packing = None
+    return packing, attention_mask, position_ids, mask_positions
+
+
+def positions_of(cu_seq_lens: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    """Positions (B, T) that begin again where each of the sequences does."""
+    tokens = torch.arange(shape[0] * shape[1], device=cu_seq_lens.device)
+    starts = cu_seq_lens[torch.searchsorted(cu_seq_lens, tokens, right=True) - 1]
+    return (tokens - starts).view(shape)
 
 
 def find_packing(
@@ -151,8 +164,6 @@ def find_packing(
     if lengths and lengths.get("cu_seq_lens_q") is not None:
         return _of_cumulative_lengths(lengths, attention_mask if is_mask else None, shape)
     if is_mask:
-        if position_ids is not None:
-            _refuse_restart(attention_mask, position_ids)
         return unpadding(attention_mask)
     if attention_mask is None and position_ids is not None:
         return _of_positions(position_ids, shape)
@@ -209,9 +220,10 @@ def _of_cumulative_lengths(lengths, attention_mask, shape):
     return Packing.of_lengths(parts[parts > 0], shape)
 
 
-def _refuse_restart(attention_mask, position_ids):
+def refuse_restart(attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None) -> None:
     """Positions that begin again at 0 amid the real tokens of a row say that the mask's one sequence is several."""
-    if position_ids.device.type != "cpu":
+    is_mask = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
+    if not is_mask or position_ids is None or position_ids.device.type != "cpu":
         return
     is_real = attention_mask.bool()
     restarts = (position_ids[:, 1:] == 0) & is_real[:, 1:] & is_real[:, :-1]
@@ -224,19 +236,27 @@ def _refuse_restart(attention_mask, position_ids):
         )
 
 
-def cache_on_request(forward):
-    """Keep no cache of a call with labels unless it asks for one, or for the attention weights, which take the ordinary
-    path as well: the configuration's default is meant for generation, and here the unpadded path would be its price."""
+def cache_on_request(forward=None, *, returns_cache: bool = True):
+    """Keep no cache that nobody asked for: the configuration's default is meant for generation, and the unpadded path
+    would be the price of it.
+
+    A call with labels, or of a model that returns no cache, asks by `use_cache` or `past_key_values`. One that asks for
+    attention weights takes the ordinary path anyway and is left alone.
+    """
+    if forward is None:
+        return partial(cache_on_request, returns_cache=returns_cache)
 
     @wraps(forward)
     def wrapper(self, *args, **kwargs):
-        is_labelled = kwargs.get("labels") is not None or kwargs.get("mc_labels") is not None
+        is_labelled = not returns_cache or any(kwargs.get(name) is not None for name in ("labels", "mc_labels"))
         is_asked = any(kwargs.get(name) is not None for name in ("use_cache", "past_key_values", "output_attentions"))
         # A cache or its absence may also be named by place; the labels come after both.
         if is_labelled and not is_asked and len(args) < 2:
             kwargs["use_cache"] = False
         return forward(self, *args, **kwargs)
 
+    # The host reads the signature for every token that it generates; finding it through the wrappers takes longer.
+    wrapper.__signature__ = inspect.signature(forward)
     return wrapper
 
 

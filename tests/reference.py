@@ -1,6 +1,7 @@
 """Naive float64 versions, written as loops over the published formulas, and what it means to agree with them."""
 
 import math
+from itertools import combinations
 
 import torch
 
@@ -96,6 +97,21 @@ def cross_entropy(logits, labels, num_items=None):
     return _mean([logits[n].exp().sum().log() - logits[n, labels[n]] for n in kept], num_items)
 
 
+def smoothed_cross_entropy(logits, labels, num_items=None, label_smoothing=0.0, z_loss=0.0):
+    """As `cross_entropy`, with a share of the target on every class, and the squared log-partition function."""
+    logits, terms = logits.double(), []
+    for n in range(len(labels)):
+        if not 0 <= labels[n] < logits.shape[-1]:
+            continue
+        partition = logits[n].exp().sum().log()
+        chances = [partition - logit for logit in logits[n]]
+        spread = sum(chances) / len(chances)
+        terms.append(
+            (1 - label_smoothing) * chances[labels[n]] + label_smoothing * spread + z_loss * partition * partition
+        )
+    return _mean(terms, num_items)
+
+
 def next_token_loss(logits, labels, num_items=None):
     """Of (B, T, V) with labels (B, T): position t predicts label t + 1."""
     return cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), num_items)
@@ -110,6 +126,51 @@ def binary_cross_entropy(logits, labels, num_items=None):
     chances = logits.double().flatten().sigmoid()
     labels = labels.double().flatten()
     return _mean([-y * p.log() - (1 - y) * (1 - p).log() for p, y in zip(chances, labels, strict=True)], num_items)
+
+
+# --- Batches without padding ---
+
+
+def real_places(mask: torch.Tensor) -> list[tuple[int, int]]:
+    """Rows and columns of the ones of (B, T), row by row."""
+    return [(b, t) for b in range(mask.shape[0]) for t in range(mask.shape[1]) if mask[b, t] != 0]
+
+
+def documents(position_ids: torch.Tensor) -> list[list[tuple[int, int]]]:
+    """Places (row, column) of each document of (B, T): a new one at each row and where a position does not follow."""
+    found = []
+    for b in range(position_ids.shape[0]):
+        for t in range(position_ids.shape[1]):
+            if t == 0 or position_ids[b, t] != position_ids[b, t - 1] + 1:
+                found.append([])
+            found[-1].append((b, t))
+    return found
+
+
+def cost_of_groups(groups: list[list[int]], cost_of_a_call: int) -> int:
+    """Of attention over groups of sequences, each padded to its longest: pairs of query and key, and calls."""
+    return sum(len(group) * max(group) ** 2 + cost_of_a_call for group in groups)
+
+
+def cheapest_grouping(lengths: list[int], most_groups: int, cost_of_a_call: int) -> int:
+    """The least `cost_of_groups` of all ways to cut the sorted lengths into groups."""
+    lengths, best = sorted(lengths), math.inf
+    steps = [i for i in range(1, len(lengths)) if lengths[i] != lengths[i - 1]]
+    for count in range(min(most_groups, len(steps) + 1)):
+        for cuts in combinations(steps, count):
+            bounds = [0, *cuts, len(lengths)]
+            groups = [lengths[i:j] for i, j in zip(bounds[:-1], bounds[1:], strict=True)]
+            best = min(best, cost_of_groups(groups, cost_of_a_call))
+    return best
+
+
+# --- Products ---
+
+
+def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x (N, I) · weight (I, O) + bias (O,), row by row."""
+    rows = [sum(x[n, i].double() * weight[i].double() for i in range(x.shape[1])) for n in range(x.shape[0])]
+    return torch.stack(rows) if bias is None else torch.stack(rows) + bias.double()
 
 
 # --- Agreement ---

@@ -91,6 +91,21 @@ FORWARD = {
         ValueError,
         ("`encoder_attention_mask`", "(3, 5)", "(3, 6)"),
     ),
+    "mask of another number": (
+        call(LM, ids(3, 5), attention_mask=ones(3, 5) + ids_with(1, 2)),
+        ValueError,
+        ("`attention_mask` holds 2 in row 2", "(B, 1, T, S)"),
+    ),
+    "mask of fractions": (
+        call(LM, ids(3, 5), attention_mask=ones(3, 5) - 0.5 * ids_with(1, 1)),
+        ValueError,
+        ("`attention_mask` holds 0.5 in row 1", "(B, 1, T, S)"),
+    ),
+    "mask to add": (
+        call(LM, ids(3, 5), attention_mask=torch.zeros(3, 5).masked_fill(ids_with(1, 1).bool(), float("-inf"))),
+        ValueError,
+        ("`attention_mask` holds -inf in row 1", "(B, 1, T, S)"),
+    ),
     "no cross attention": (
         call(LM, ids(3, 5), encoder_hidden_states=torch.zeros(3, 6, 32)),
         ValueError,
@@ -110,6 +125,42 @@ FORWARD |= {
         ("neither", (), {}),
         ("neither, labelled", (), row.draw_labels(2, 5)),
     ]
+}
+
+DOCUMENTS = torch.tensor([0, 2, 5])
+ADD_UP = ("must add up to it", "Start with 0")
+# (arguments besides (1, 5) ids, words of the message) by name.
+PACKED = {
+    "lengths end short": ({"cu_seq_lens_q": DOCUMENTS[:-1]}, ("from 0 to 2", "5 tokens", *ADD_UP)),
+    "lengths end beyond": ({"cu_seq_lens_q": torch.tensor([0, 2, 6])}, ("from 0 to 6", "5 tokens", *ADD_UP)),
+    "lengths start above zero": ({"cu_seq_lens_q": DOCUMENTS[1:]}, ("from 2 to 5", "5 tokens", *ADD_UP)),
+    "lengths fall": ({"cu_seq_lens_q": torch.tensor([0, 4, 2, 5])}, ("from 0 to 5 and falls on the way", *ADD_UP)),
+    "lengths real": ({"cu_seq_lens_q": DOCUMENTS.float()}, ("`cu_seq_lens_q`", "float32", "row of integers")),
+    "lengths in rows": ({"cu_seq_lens_q": DOCUMENTS[None]}, ("`cu_seq_lens_q` has shape (1, 3)", "row of integers")),
+    "lengths of nothing": ({"cu_seq_lens_q": DOCUMENTS[:1]}, ("`cu_seq_lens_q` has shape (1,)", "row of integers")),
+    "lengths of other keys": (
+        {"cu_seq_lens_q": DOCUMENTS, "cu_seq_lens_k": torch.tensor([0, 3, 5])},
+        ("`cu_seq_lens_k` differs from `cu_seq_lens_q`", "Pass the same tensor"),
+    ),
+    "lengths with padding": (
+        {"cu_seq_lens_q": DOCUMENTS, "attention_mask": torch.tensor([[1, 1, 1, 1, 0]])},
+        ("`attention_mask` has padding in row 0", "leave it out"),
+    ),
+    "positions restart under a mask": (
+        {"position_ids": torch.tensor([[0, 1, 0, 1, 2]]), "attention_mask": ones(1, 5)},
+        ("`position_ids` begin again at token 2 of row 0", "Leave out `attention_mask`"),
+    ),
+}
+FORWARD |= {
+    f"{what}, {implementation}": (
+        call(LM, ids(1, 5), use_cache=False, fields={"attn_implementation": implementation}, **arguments),
+        ValueError,
+        words,
+    )
+    for what, (arguments, words) in PACKED.items()
+    for implementation in ("sdpa", "eager")
+    # The other implementations leave positions to the host, which does not compare them with the mask.
+    if "cu_seq_lens_q" in arguments or implementation == "sdpa"
 }
 
 LABEL = ("-100 to be ignored", "Correct the label")
@@ -234,6 +285,8 @@ CONFIGS = [
     ({"layer_norm_epsilon": -1e-5}, ValueError, ("`layer_norm_epsilon` is -1e-05", "greater than 0")),
     ({"initializer_range": float("nan")}, ValueError, ("`initializer_range` is nan", "greater than 0")),
     ({"rope_theta": 0}, ValueError, ("`rope_theta` is 0", "greater than 0")),
+    ({"loss_chunk_size": 0}, ValueError, ("`loss_chunk_size` is 0", "from 1")),
+    ({"loss_chunk_size": -1}, ValueError, ("`loss_chunk_size` is -1", "from 1")),
 ]
 # The host builds a label map of that length: long enough to show were it built, not to exhaust the machine.
 ONLY_AT_CONSTRUCTION = [({"num_labels": 2 * 10**6}, ValueError, ("`num_labels` is 2000000",))]
