@@ -12,12 +12,14 @@ from torch import nn
 from .matmul import is_plain_linear, times, times_transposed
 from .ops import is_traced, padding_of
 
-# Rows of hidden states whose logits are in memory together, by default. A CPU works from its cache; an accelerator
-# needs large products, and 4,096 rows of 50,257 float32 logits are 0.8 GB.
-CHUNK_SIZE = {"cpu": 256}
+# Rows of hidden states whose logits are in memory together, by default. A CPU works from its cache, and in half
+# precision adds to the float32 gradient as long as it multiplies, so that it should do so less often. An accelerator
+# needs large products; 4,096 rows of 50,257 float32 logits are 0.8 GB.
+CHUNK_SIZE_OF_CPU = 256
+CHUNK_SIZE_OF_CPU_IN_HALF = 512
 CHUNK_SIZE_OF_ACCELERATORS = 4096
 # Columns of a chunk that a CPU computes at a time: fresh memory beyond some tens of megabytes costs more than the sums.
-VOCABULARY_BLOCK_OF_CPU = 8192
+VOCABULARY_BLOCK_OF_CPU = 2048
 
 
 def sequence_classification_loss(
@@ -98,7 +100,10 @@ def linear_cross_entropy(
         A float32 scalar; NaN when no row is labelled and no count was given, as `cross_entropy`.
     """
     if chunk_size is None:
-        chunk_size = CHUNK_SIZE.get(hidden_states.device.type, CHUNK_SIZE_OF_ACCELERATORS)
+        chunk_size = CHUNK_SIZE_OF_ACCELERATORS
+        if hidden_states.device.type == "cpu":
+            is_full = _compute_dtype(hidden_states) == torch.float32
+            chunk_size = CHUNK_SIZE_OF_CPU if is_full else CHUNK_SIZE_OF_CPU_IN_HALF
     if chunk_size <= 0:
         raise ValueError(f"`chunk_size` is {chunk_size} but at least one row is computed at a time. Use 256, say.")
     labels = labels.to(hidden_states.device)
@@ -185,7 +190,8 @@ def _sum_and_gradients(
     total = torch.zeros((), dtype=torch.float32, device=device)
     float32 = {"dtype": torch.float32, "device": device}
     grad_hidden = torch.zeros(hidden_states.shape, **float32) if needs[0] else None
-    grad_weight = torch.zeros(weight.shape, **float32) if needs[1] else None
+    # Written by the first chunk; without any, nothing is labelled.
+    grad_weight = (torch.empty if len(labels) else torch.zeros)(weight.shape, **float32) if needs[1] else None
     grad_bias = torch.zeros(vocab_size, **float32) if bias is not None and needs[2] else None
 
     for start in range(0, len(labels), chunk_size):
@@ -227,7 +233,8 @@ def _sum_and_gradients(
             if needs[0]:
                 grad_hidden[chunk] += times(part, weight[first:last])
             if needs[1]:
-                grad_weight[first:last] += times(part.t().contiguous(), states)
+                rows, product = grad_weight[first:last], times(part.t(), states)
+                rows.copy_(product) if start == 0 else rows.add_(product)
     return total, (grad_hidden, grad_weight, grad_bias)
 
 

@@ -173,6 +173,18 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
     return torch.stack(rows) if bias is None else torch.stack(rows) + bias.double()
 
 
+def best_fit(lengths: list[int], room: int) -> list[int]:
+    """How full the rows are when each document, longest first, goes where it leaves least room."""
+    rows = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [i for i in range(len(rows)) if rows[i] + length <= room]
+        if fitting:
+            rows[max(fitting, key=lambda i: rows[i])] += length
+        else:
+            rows.append(length)
+    return rows
+
+
 # --- Agreement ---
 
 

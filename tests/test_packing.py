@@ -1,6 +1,5 @@
 """Batches without padding: the bookkeeping against naive loops, whole models against the ordinary path."""
 
-from collections import Counter
 from itertools import pairwise
 
 import pytest
@@ -16,8 +15,7 @@ from reference import (
 )
 from tiny import BATCH, LENGTH, MODELS, VOCAB, name_of
 from torch.nn.functional import scaled_dot_product_attention
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import DataCollatorWithFlattening
 
 from hf_custom import modeling_gpt2
@@ -26,6 +24,8 @@ from hf_custom.packing import (
     COST_OF_A_CALL,
     MOST_BUCKETS,
     Buckets,
+    PackingCollator,
+    best_fit,
     choose_packing,
     find_packing,
     positions_of,
@@ -669,38 +669,24 @@ def test_seed_repeats_dropout_exactly(row, padding):
     assert not torch.equal(found[0]["loss"], found[2]["loss"])
 
 
-class Operations(TorchDispatchMode):
-    """Counts floating-point operations by torch's formulas, which know the attention of accelerators only."""
-
-    formulas = flop_registry | {
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
-            lambda query, key, value, *args, **kwargs: sdpa_flop_count(query.shape, key.shape, value.shape)
-        ),
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-            lambda gradient, query, key, value, *args, **kwargs: (
-                2.5 * sdpa_flop_count(query.shape, key.shape, value.shape)
-            )
-        ),
-    }
-
-    def __init__(self):
-        super().__init__()
-        self.found = Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        output = function(*args, **(kwargs or {}))
-        formula = self.formulas.get(function._overloadpacket)
-        if formula is not None:
-            self.found[str(function._overloadpacket)] += formula(*args, **(kwargs or {}), out_val=output)
-        return output
+# torch counts its GPU kernels' operations and leaves out the CPU's.
+FORMULAS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
+        lambda query, key, value, *args, out_shape=None, **kwargs: sdpa_flop_count(query, key, value)
+    ),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda gradient, query, key, value, *args, out_shape=None, **kwargs: 2.5 * sdpa_flop_count(query, key, value)
+    ),
+}
 
 
 def operations_of_step(model, input_ids, attention_mask=None):
     labels = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, -100)
-    with Operations() as operations:
+    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
         model(input_ids, attention_mask=attention_mask, labels=labels).loss.backward()
-    assert sum("attention" in name for name in operations.found) == 2
-    return operations.found.total()
+    found = counter.get_flop_counts()["Global"]
+    assert sum("attention" in str(name) for name in found) == 2
+    return sum(found.values())
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
@@ -714,3 +700,79 @@ def test_padding_costs_no_operations(padding):
     alone = operations_of_step(model, ids[:, columns])
     assert padded <= 0.3 * full
     assert abs(padded - alone) <= 0.02 * alone
+
+
+# --- Documents to rows ---
+
+
+@pytest.mark.parametrize("max_tokens", [1, 7, 40])
+def test_best_fit_equals_naive(max_tokens):
+    for count in (1, 2, 9, 60):
+        lengths = torch.randint(1, max_tokens + 1, (count,))
+        rows = best_fit(lengths, max_tokens)
+        filled = torch.zeros(int(rows.max()) + 1, dtype=torch.long).index_add_(0, rows, lengths)
+        assert filled.min() > 0 and filled.max() <= max_tokens
+        assert sorted(filled.tolist()) == sorted(reference.best_fit(lengths.tolist(), max_tokens))
+
+
+@pytest.mark.parametrize("lengths", [[3, 9, 2], [3, 0, 2]], ids=["too long", "empty"])
+def test_best_fit_refuses_document_by_number(lengths):
+    with pytest.raises(ValueError, match=f"document 1 has {lengths[1]} tokens, but a row takes 1 to 8"):
+        best_fit(torch.tensor(lengths), 8)
+
+
+@pytest.mark.parametrize("max_tokens", [None, 9])
+def test_collated_documents_equal_each_alone_and_grad(max_tokens):
+    model = CAUSAL_LM.build().train()
+    documents = [{"input_ids": torch.randint(0, VOCAB, (length,)).tolist()} for length in (3, 9, 1, 4, 5, 2)]
+    batch = PackingCollator(max_tokens, pad_token_id=VOCAB - 1)(documents)
+    assert batch["input_ids"].shape == ((1, 24) if max_tokens is None else (3, 9))
+    expected = 0.0
+    for document in documents:
+        row = torch.tensor([document["input_ids"]])
+        if row.shape[1] > 1:
+            expected = expected + model(row, labels=row, num_items_in_batch=18).loss
+    expected_gradients = gradients_of(model, expected)
+    loss = model(**batch, num_items_in_batch=18).loss
+    assert int((batch["labels"] != -100).sum()) == 18
+    assert_near(loss, expected, 1e-6, scale_floor=0.0)
+    assert_gradients_near(gradients_of(model, loss), expected_gradients)
+
+
+def test_collator_takes_labels_and_refuses_other_numbers_of_them():
+    batch = PackingCollator()([{"input_ids": [5, 6, 7], "labels": [5, -100, 7]}])
+    assert batch["labels"].tolist() == [[-100, -100, 7]]
+    with pytest.raises(ValueError, match="document 1 has 2 ids and 1 labels"):
+        PackingCollator()([{"input_ids": [1], "labels": [1]}, {"input_ids": [1, 2], "labels": [1]}])
+
+
+# --- On a GPU ---
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_varlen_on_gpu_equals_each_document_alone_and_grad(dtype, dropout, is_causal):
+    """With dropout only that it runs and that a document has no part in another's output."""
+    lengths = [5, 64, 1, 130]
+    states = [torch.randn(1, 4, sum(lengths), 64, device="cuda").to(dtype).requires_grad_() for _ in range(3)]
+    cumulated = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32, device="cuda")
+    arguments = (None, 0.125, dropout, is_causal, cumulated, cumulated, max(lengths), max(lengths))
+    output, _ = varlen_attention_forward(torch.nn.Module(), *states, *arguments)
+    gradients = torch.autograd.grad(output[:, :5].float().square().sum(), states, retain_graph=True)
+    assert all(gradient[:, :, 5:].count_nonzero() == 0 for gradient in gradients)
+    if dropout:
+        return
+    expected = [
+        torch.nn.functional.scaled_dot_product_attention(*parts, is_causal=is_causal, scale=0.125).transpose(1, 2)
+        for parts in zip(*(state.split(lengths, 2) for state in states), strict=True)
+    ]
+    expected = torch.cat(expected, 1)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    assert_near(output, expected, tolerance)
+    weights = torch.randn_like(output)
+    found = torch.autograd.grad((output * weights).sum(), states)
+    for gradient, other in zip(found, torch.autograd.grad((expected * weights).sum(), states), strict=True):
+        assert_near(gradient, other, tolerance)

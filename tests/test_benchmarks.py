@@ -1,0 +1,202 @@
+"""The benchmarks: what they compare is equal or no ratio is shown, and their texts have the padding they claim."""
+
+import json
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import hf_custom
+from training.benchmarks import __main__ as benchmarks
+from training.benchmarks.contenders import OURS, STOCK, Setting, comparisons, sweeps
+from training.benchmarks.report import flops_per_token, plot_sweeps, table, write
+from training.benchmarks.texts import batches, draw_documents, full_documents, shorten
+from training.benchmarks.worker import WORKLOADS, answer
+
+MACHINE = {
+    "device": "a processor",
+    "threads": 2,
+    "torch": "2",
+    "transformers": "5",
+    "matrix_flops": {"float32": 1e12, "bfloat16": 2e12},
+    "bandwidth": 1e10,
+}
+CONFIG = {"n_layer": 2, "n_embd": 32, "vocab_size": 99, "n_positions": 64}
+
+
+@pytest.fixture
+def stock_again():
+    yield
+    hf_custom.register(replace_stock=False)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    torch.manual_seed(0)
+    config = GPT2Config(**CONFIG, n_head=4, bos_token_id=1, eos_token_id=1, initializer_range=0.2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def spec_of(setting, checkpoint, folder, **shape):
+    documents = [torch.randint(2, 99, (length,)).tolist() for length in (30, 7, 12, 1)]
+    (folder / "documents.json").write_text(json.dumps(documents))
+    return {
+        "setting": setting.spec(),
+        "device": "cpu",
+        "checkpoint": checkpoint,
+        "documents": str(folder / "documents.json"),
+        "proofs": str(folder / setting.name),
+        "batch_size": 2,
+        **shape,
+    }
+
+
+@pytest.mark.parametrize("name", ["train", "encode", "decode"])
+def test_contenders_compute_the_same(name, checkpoint, tmp_path, stock_again):
+    proofs = []
+    for setting in (STOCK, Setting("stock", group_by_length=True), OURS):
+        if name != "train" and setting.group_by_length:
+            continue
+        torch.manual_seed(1)
+        spec = spec_of(setting, checkpoint, tmp_path, new_tokens=5)
+        workload = WORKLOADS[name](spec)
+        proofs.append(answer(workload, "proof", spec)["path"])
+        assert answer(workload, "round", spec)["seconds"] > 0
+        assert answer(workload, "memory", spec)["process"] > 0
+        is_ours = type(workload.model).__name__.startswith("Custom")
+        assert is_ours == (setting.library == "ours")
+    for path in proofs[:-1]:
+        assert benchmarks.disagreement(path, proofs[-1], 1e-5) is None
+
+
+def test_losses_compute_the_same(tmp_path):
+    proofs = []
+    for library in ("stock", "torch", "ours"):
+        setting = Setting(library)
+        spec = spec_of(setting, "", tmp_path, rows=40, width=16, vocab_size=99)
+        proofs.append(answer(WORKLOADS["loss"](spec), "proof", spec)["path"])
+    for path in proofs[:-1]:
+        assert benchmarks.disagreement(path, proofs[-1], 1e-5) is None
+
+
+@pytest.mark.parametrize(
+    "other, reason",
+    [
+        ({"loss": torch.tensor(1.01)}, "loss off by 1.0e-02, allowed 1e-04"),
+        ({"loss": torch.tensor(float("nan"))}, "loss off by nan"),
+        ({"loss": torch.ones(2)}, r"loss: \(2,\) is not \(\)"),
+    ],
+    ids=["value", "nan", "shape"],
+)
+def test_difference_is_named(other, reason, tmp_path):
+    torch.save({"loss": torch.tensor(1.0)}, tmp_path / "a.pt")
+    torch.save(other, tmp_path / "b.pt")
+    with pytest.raises(AssertionError, match=reason):
+        assert benchmarks.disagreement(tmp_path / "b.pt", tmp_path / "a.pt", 1e-4) is None
+
+
+def test_first_different_token_is_named(tmp_path):
+    torch.save({"tokens": torch.tensor([[1, 2, 3]])}, tmp_path / "a.pt")
+    torch.save({"tokens": torch.tensor([[1, 2, 4]])}, tmp_path / "b.pt")
+    assert benchmarks.disagreement(tmp_path / "b.pt", tmp_path / "a.pt", 1.0) == "tokens differ from place 2 on"
+
+
+def contender(name, seconds, disagreement=None):
+    return {
+        "name": name,
+        "bf16": False,
+        "disagreement": disagreement,
+        "seconds": seconds,
+        "spread": 0.1,
+        "tokens_per_second": 100 / seconds,
+        "peak_memory": 10**9 * seconds,
+    }
+
+
+def result_of(*contenders, group="", title="real lengths"):
+    row = {"group": group, "title": title, "tokens": 100, "padding": 0.5, "batch": [[4, 50]], "shape": {}}
+    return {
+        "name": "train",
+        "preset": "tiny",
+        "machine": MACHINE,
+        "config": CONFIG,
+        "rows": [{**row, "contenders": list(contenders)}],
+    }
+
+
+def test_ratio_is_shown_of_equal_outputs_alone():
+    text = table(result_of(contender("stock", 3.0), contender("stock, bf16", 2.0, "loss off"), contender("ours", 1.5)))
+    rows = {cells[1].strip(): cells for line in text.splitlines() if len(cells := line.split("|")) > 3}
+    assert rows["stock"][7].strip() == "2.00 x as fast" and rows["stock"][8].strip() == "0.50 of it"
+    assert rows["stock, bf16"][7].strip() == "no ratio: loss off" and not rows["stock, bf16"][8].strip()
+    assert "50% padding" in text
+
+
+def test_flops_are_six_a_weight_and_token():
+    weights = 12 * 2 * 32**2 + 99 * 32
+    assert flops_per_token(CONFIG, 0) == 6 * weights
+    # Scores and mixed values, 2 products of 2 T D / 2 operations a token when causal, three times with the gradient.
+    assert flops_per_token(CONFIG, 50) - flops_per_token(CONFIG, 0) == 3 * 2 * 2 * (2 * 32 * 50 / 2)
+
+
+def test_results_are_written_whole(tmp_path):
+    result = result_of(contender("stock", 3.0), contender("ours", 1.0), group="share of padding")
+    write(result, tmp_path, "train-tiny")
+    plot_sweeps(result, tmp_path / "train-tiny.png")
+    assert json.loads((tmp_path / "train-tiny.json").read_text()) == result
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["train-tiny.json", "train-tiny.md", "train-tiny.png"]
+
+
+def test_documents_are_real_and_seeded():
+    documents = draw_documents(None, 50257, 40, 64)
+    assert documents == draw_documents(None, 50257, 40, 64) != draw_documents(None, 50257, 40, 64, seed=1)
+    assert len(documents) == 40 and len({len(ids) for ids in documents}) > 10 and max(map(len, documents)) <= 64
+    assert [len(ids) for ids in full_documents(None, 50257, 3, 50)] == [50] * 3
+
+
+@pytest.mark.parametrize("share", [0, 0.25, 0.5, 0.75])
+def test_documents_are_shortened_to_share_of_padding(share):
+    documents = shorten([[1] * 200] * 8, share)
+    padding = 1 - sum(map(len, documents)) / (8 * 200)
+    assert len(documents[0]) == 200 and abs(padding - share) < 0.05
+
+
+def test_grouping_leaves_less_padding():
+    documents = draw_documents(None, 50257, 64, 256)
+    padding = [sum(int((b["attention_mask"] == 0).sum()) for b in batches(documents, 8, group)) for group in (0, 1)]
+    assert padding[1] < 0.5 * padding[0]
+    batch = batches(documents, 8)[0]
+    assert ((batch["labels"] == -100) == (batch["attention_mask"] == 0)).all()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_benchmark_has_rows(device):
+    rows = [row for name in benchmarks.NAMES for row in comparisons(name, device)]
+    rows += [row for members in sweeps(device).values() for row in members]
+    assert all(row.ours.library == "ours" and row.stock[0].library == "stock" for row in rows)
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["train", "--rounds", "4"], "--rounds is 4"),
+        (["train", "--preset", "gpt3"], "--preset 'gpt3' is unknown"),
+        (["decode", "--sweep"], "--sweep draws training"),
+        (["loss", "--only", "nothing"], "no row's title contains 'nothing'"),
+    ],
+    ids=" ".join,
+)
+def test_mistake_is_one_line(argv, message):
+    with pytest.raises(SystemExit, match=f"error: {message}"):
+        benchmarks.main(argv)
+
+
+def test_command_measures_and_writes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmarks, "machine", lambda device: MACHINE)
+    benchmarks.main(["loss", "--preset", "gpt2-mini", "--output", str(tmp_path)])
+    result = json.loads((tmp_path / "loss-gpt2-mini-cpu.json").read_text())
+    contenders = result["rows"][0]["contenders"]
+    assert [row["name"] for row in contenders] == ["stock", "torch", "ours"]
+    assert all(row["disagreement"] is None and len(row["rounds"]) == 5 for row in contenders)
+    assert "x as fast" in capsys.readouterr().out
