@@ -127,7 +127,7 @@ def varlen_attention_forward(
     if cu_seq_lens_q is None:
         has_boolean_mask = attention_mask is not None and attention_mask.dtype == torch.bool
         is_square = attention_mask is None and (query.shape[2] == key.shape[2] or not is_causal)
-        if dropout and (has_boolean_mask or is_square):
+        if dropout and query.device.type == "cpu" and (has_boolean_mask or is_square):
             is_causal = is_causal and not has_boolean_mask
             output = fused_attention(query, key, value, attention_mask, dropout, is_causal, scaling)
             return output.transpose(1, 2).contiguous(), None
@@ -160,7 +160,7 @@ def _attend_in_buckets(query, key, value, buckets, scaling, dropout, is_causal):
 
 
 class _AttentionWithDropout(torch.autograd.Function):
-    """Attention with dropout on a CPU, a block of queries at a time, in float32.
+    """Attention with dropout on a CPU, a block of queries at a time, in float32 at least.
 
     torch's CPU kernel has no dropout and falls back to whole matrices of scores, future keys included, of which three
     are kept for the backward pass. Here a block's scores are computed up to its last key and again in the backward
@@ -169,7 +169,8 @@ class _AttentionWithDropout(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value, attention_mask, dropout, is_causal, scaling):
-        query, key, value = (states.float().contiguous() for states in (query, key, value))
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        query, key, value = (states.to(dtype).contiguous() for states in (query, key, value))
         ctx.options = (attention_mask, is_causal, scaling)
         output = torch.empty_like(query)
         masks = []

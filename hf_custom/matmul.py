@@ -156,16 +156,16 @@ def _affine_of_few_rows(x, weight, bias):
         return torch.addmm(bias, x, weight)
     if len(x) == 1:
         # A sum of the weight's rows, which `embedding_bag` takes at the speed of memory.
-        rows = _row_numbers(len(weight), parts)
-        sums = nn.functional.embedding_bag(rows, weight, per_sample_weights=x.reshape(parts, -1), mode="sum")
-        return sums.sum(0, keepdim=True) + bias
+        rows, starts = _row_numbers(len(weight), parts)
+        sums = nn.functional.embedding_bag(rows, weight, starts, per_sample_weights=x.reshape(-1), mode="sum")
+        return sums.sum(0, keepdim=True).add_(bias)
     sums = torch.bmm(x.view(len(x), parts, -1).transpose(0, 1), weight.view(parts, -1, weight.shape[1]))
     return sums.sum(0) + bias
 
 
 @lru_cache(maxsize=32)
 def _row_numbers(count, parts):
-    return torch.arange(count).view(parts, -1)
+    return torch.arange(count), torch.arange(0, count, count // parts)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

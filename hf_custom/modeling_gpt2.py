@@ -462,6 +462,7 @@ class CustomGPT2ForCausalLM(CustomGPT2PreTrainedModel, GenerationMixin):
                 that padding would have to predict.
             logits_to_keep: compute logits for the last so many positions only (0: all), or for those indices.
             return_logits: compute them at all. Training with labels does not unless told to: the loss needs none.
+            kwargs: `label_smoothing` and `z_loss` reach `linear_cross_entropy`.
         """
         shape = input_shape(input_ids, inputs_embeds)
         if labels is not None:

@@ -1,6 +1,7 @@
 """The benchmarks: what they compare is equal or no ratio is shown, and their texts have the padding they claim."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import hf_custom
 from training.benchmarks import __main__ as benchmarks
 from training.benchmarks.contenders import OURS, STOCK, Setting, comparisons, sweeps
-from training.benchmarks.report import flops_per_token, plot_sweeps, table, write
+from training.benchmarks.report import flops_per_token, plot_sweeps, summary, table, write
 from training.benchmarks.texts import batches, draw_documents, full_documents, shorten
 from training.benchmarks.worker import WORKLOADS, answer
 
@@ -200,3 +201,10 @@ def test_command_measures_and_writes(tmp_path, monkeypatch, capsys):
     assert [row["name"] for row in contenders] == ["stock", "torch", "ours"]
     assert all(row["disagreement"] is None and len(row["rounds"]) == 5 for row in contenders)
     assert "x as fast" in capsys.readouterr().out
+
+
+def test_readme_shows_the_results_that_are_kept():
+    root = Path(__file__).parent.parent
+    shown = summary(root / "training" / "benchmarks" / "results", "cpu")
+    assert shown in (root / "README.md").read_text()
+    assert len(shown.splitlines()) > 8

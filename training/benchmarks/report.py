@@ -70,6 +70,23 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
+def summary(folder: Path, device: str) -> str:
+    """The results of a device in one table, as the README shows it."""
+    lines = ["| work | against | faster | memory |", "| --- | --- | --- | --- |"]
+    for name in ("train", "encode", "decode", "loss"):
+        path = folder / f"{name}-gpt2-{device}.json"
+        result = json.loads(path.read_text(encoding="utf-8"))
+        for row in result["rows"]:
+            ours = row["contenders"][-1]
+            padding = f", {row['padding']:.0%} padding" if row.get("padding") else ""
+            for contender in row["contenders"][:-1]:
+                if contender["disagreement"] is None:
+                    ratio, memory = (contender[key] / ours[key] for key in ("seconds", "peak_memory"))
+                    work = f"{name}: {row['title']}{padding}"
+                    lines.append(f"| {work} | {contender['name']} | {ratio:.2f} x | {1 / memory:.2f} |")
+    return "\n".join(lines)
+
+
 def write(result: dict, folder: Path, name: str) -> None:
     """`name`.json and `name`.md in `folder`, each complete or not there."""
     folder.mkdir(parents=True, exist_ok=True)
