@@ -264,6 +264,7 @@ def test_readme_commands_exist():
     for path in re.findall(r"`((?:hf_custom|training)/[\w/.]+)`", text):
         assert (ROOT / path).exists(), path
     for module in re.findall(r"python -m ([\w.]+)", text):
-        assert (ROOT / f"{module.replace('.', '/')}.py").exists(), module
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
     for name, path in re.findall(r"`(\w+)[\w.]*` in `([\w/.]+)`", text):
         assert name in (ROOT / path).read_text(), f"{name} in {path}"

@@ -117,8 +117,10 @@ def plot_sweeps(result: dict, path: Path) -> None:
                 values = [row["contenders"][index].get(key) for row in rows]
                 values = [float("nan") if value is None else value * scale for value in values]
                 axes[line, column].plot(titles, values, "o-", label=contender["name"])
-                axes[line, column].set(xlabel=group, ylabel=label, ylim=(0, None))
+                axes[line, column].set(xlabel=group, ylabel=label)
                 axes[line, column].grid(alpha=0.3)
+    for each in axes.flat:
+        each.set_ylim(0, None)
     axes[0, 0].legend()
     figure.suptitle(f"{result['preset']}: one training step on {result['machine']['device']}")
     figure.savefig(path, dpi=130)
