@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from reference import assert_gradients_near, assert_near, gradients_of
 from safetensors.torch import load_file
+from tiny import MODELS
+from torch.distributed.fsdp import fully_shard
 
 ROOT = Path(__file__).parent.parent
 # Without dropout, which draws other numbers in each process; and a batch for two to divide.
@@ -70,3 +73,26 @@ def test_two_processes_train_as_one(launcher, alone, tmp_path):
     assert losses[-1] < losses[0]
     for name, weight in expected_weights.items():
         assert torch.allclose(weights[name], weight, atol=1e-4), name
+
+
+@pytest.mark.parametrize("is_tied", [True, False], ids=["tied", "head of its own"])
+def test_sharded_weights_give_loss_and_gradients_of_whole_ones(is_tied, tmp_path):
+    """FSDP2 gathers a weight for its module's call, so that a loss which reads the weight may find a shard."""
+    model = MODELS[1].build(tie_word_embeddings=is_tied).train()
+    inputs = MODELS[1].inputs(padding="right")
+    inputs["labels"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    expected = model(**inputs).loss
+    expected_gradients = gradients_of(model, expected)
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        for part in (*model.transformer.h, *([] if is_tied else [model.lm_head]), model):
+            fully_shard(part, mesh=mesh)
+        model.zero_grad()
+        loss = model(**inputs).loss
+        loss.backward()
+        gradients = {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
+    finally:
+        torch.distributed.destroy_process_group()
+    assert_near(loss, expected, 1e-6, scale_floor=0.0)
+    assert_gradients_near(gradients, expected_gradients)
