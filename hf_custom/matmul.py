@@ -75,54 +75,31 @@ def _onednn_times_transposed(x: torch.Tensor, weight: torch.Tensor, bias: torch.
     return _as_matrix(nn.functional.conv2d(_as_image(x), weight[..., None, None], bias, **ONE_CELL))
 
 
-class _Affine(torch.autograd.Function):
-    """x · weight + bias with the weight (I, O), all three products of training by oneDNN."""
+class _Product(torch.autograd.Function):
+    """x · weight + bias with the weight (I, O), or `is_transposed` (O, I): all three products of training by oneDNN."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, weight, bias):
-        return _onednn_times(x, weight, bias)
+    def forward(x, weight, bias, is_transposed):
+        return (_onednn_times_transposed if is_transposed else _onednn_times)(x, weight, bias)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, bias = inputs
+        x, weight, _, ctx.is_transposed = inputs
         ctx.save_for_backward(x, weight)
 
     @staticmethod
     def backward(ctx, grad_output):
         x, weight = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        return (
-            _onednn_times_transposed(grad_output, weight) if needs_x else None,
-            _onednn_times(x.t().contiguous(), grad_output.contiguous()) if needs_weight else None,
-            grad_output.sum(0) if needs_bias else None,
-        )
-
-
-class _Linear(torch.autograd.Function):
-    """x · weightᵀ + bias with the weight (O, I), all three products of training by oneDNN."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x, weight, bias):
-        return _onednn_times_transposed(x, weight, bias)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, weight, bias = inputs
-        ctx.save_for_backward(x, weight)
-
-    @staticmethod
-    def backward(ctx, grad_output):
-        x, weight = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        return (
-            _onednn_times(grad_output, weight) if needs_x else None,
-            _onednn_times(grad_output.t().contiguous(), x.contiguous()) if needs_weight else None,
-            grad_output.sum(0) if needs_bias else None,
-        )
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        grad_x = grad_weight = None
+        if needs_x:
+            grad_x = (_onednn_times if ctx.is_transposed else _onednn_times_transposed)(grad_output, weight)
+        if needs_weight:
+            rows, columns = (grad_output, x) if ctx.is_transposed else (x, grad_output)
+            grad_weight = _onednn_times(rows.t(), columns.contiguous())
+        return grad_x, grad_weight, grad_output.sum(0) if needs_bias else None, None
 
 
 def times(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -143,7 +120,7 @@ def affine(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.T
     """x (N, I) · weight (I, O) + bias (O,), the map of a Conv1D: (N, O)."""
     if _is_ours(x, weight):
         if _use_onednn(x, weight):
-            return _Affine.apply(x, weight, bias)
+            return _Product.apply(x, weight, bias, False)
         if _split_rows(x, weight):
             return _affine_of_few_rows(x, weight, bias)
     return torch.addmm(bias, x, weight)
@@ -172,7 +149,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     """x (N, I) · weight (O, I)ᵀ + bias (O,), the map of `nn.Linear`: (N, O)."""
     if _is_ours(x, weight):
         if _use_onednn(x, weight):
-            return _Linear.apply(x, weight, bias)
+            return _Product.apply(x, weight, bias, True)
         if _split_rows(x, weight):
             return _linear_of_few_rows(x, weight, bias)
     return nn.functional.linear(x, weight, bias)
