@@ -110,7 +110,7 @@ def linear_cross_entropy(
     if not is_traced():
         labelled = (labels != ignore_index).nonzero().squeeze(-1)
         if len(labelled) < len(labels):
-            hidden_states, labels = hidden_states[labelled], labels[labelled]
+            hidden_states, labels = hidden_states.index_select(0, labelled), labels[labelled]
     options = (chunk_size, ignore_index, label_smoothing, z_loss)
     if is_plain_linear(head) and not is_traced():
         total = _LinearCrossEntropy.apply(hidden_states, head.weight, head.bias, labels, *options)
