@@ -80,6 +80,7 @@ def render_card(
     training: dict[str, object],
     code_hash: str,
     curve: str | None = None,
+    pictures: dict[str, str] | None = None,
     sample: str | None = None,
     license: str = "apache-2.0",
     language: str = "en",
@@ -93,6 +94,7 @@ def render_card(
         training: training arguments to show.
         code_hash: `code_sha256` of the folder.
         curve: file name of the loss curve's picture, in the same folder.
+        pictures: titles by file name, of more pictures in it.
         sample: text that the model wrote.
     """
     if name not in metrics or not metrics[name]:
@@ -131,6 +133,7 @@ def render_card(
         code_hash=code_hash,
         versions=f"transformers {transformers.__version__}, torch {torch.__version__}",
         curve=curve,
+        pictures=pictures or {},
         sample=sample,
     )
 

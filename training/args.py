@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 from huggingface_hub.errors import StrictDataclassError
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 
 
 @dataclass
@@ -60,8 +60,32 @@ class ModelArguments:
     attn_implementation: str = field(
         default="sdpa", metadata={"help": "sdpa, eager, flex_attention, flash_attention_2"}
     )
+    stock: bool = field(
+        default=False, metadata={"help": "train the host's own class of the checkpoint, to compare with ours"}
+    )
     tokenizer_name: str | None = field(default=None, metadata={"help": "tokenizer, when it is not the checkpoint's"})
     vocab_size: int = field(default=1024, metadata={"help": "size of the tokenizer trained when none is named"})
+
+
+@dataclass
+class RunArguments(TrainingArguments):
+    """How to train: the host's own arguments, and what it lacks."""
+
+    resume: bool = field(
+        default=False, metadata={"help": "go on from the newest checkpoint in the output folder, if there is one"}
+    )
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "evaluations without a better one after which to stop; keeps the best model"}
+    )
+
+    def __post_init__(self):
+        if self.early_stopping_patience is not None:
+            if self.early_stopping_patience < 1:
+                raise ValueError(
+                    f"--early_stopping_patience is {self.early_stopping_patience} but must be at least 1 evaluation."
+                )
+            self.load_best_model_at_end = True
+        super().__post_init__()
 
 
 def read_recipe(path: str) -> dict:

@@ -18,14 +18,14 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import TrainingArguments
 
 from hf_custom.hub import check_runs_alone, save_model_folder
-from training.args import DataArguments, ModelArguments, parse_arguments, read_recipe, user_errors
+from training.args import DataArguments, ModelArguments, RunArguments, parse_arguments, read_recipe, user_errors
 from training.data import token_stream
 from training.metrics import BigramModel, TextScore, xz_bits_per_byte
 from training.plots import plot_loss_curve
 from training.run_clm import DEFAULTS, Run, prepare
+from training.runs import shown_arguments
 
 RECIPE = Path(__file__).parent / "recipes" / "clm_mini.yaml"
 NAME = "gpt2-mini"
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     start = time.perf_counter()
     with user_errors():
         defaults = {**DEFAULTS, **read_recipe(str(RECIPE)), "output_dir": "runs/quickstart"}
-        arguments = parse_arguments((ModelArguments, DataArguments, TrainingArguments), argv, __doc__, **defaults)
+        arguments = parse_arguments((ModelArguments, DataArguments, RunArguments), argv, __doc__, **defaults)
         if arguments[1].streaming:
             raise ValueError("the quickstart counts its whole text. Stream with training.run_clm instead.")
         run = prepare(*arguments)
@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
         name=NAME,
         data=run.data.description,
         metrics=rows,
-        training=run.shown_arguments(),
+        training=shown_arguments(run.trainer, block_size=run.data.block_size),
         curve=curve.name,
         sample=sample,
     )

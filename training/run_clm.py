@@ -21,61 +21,40 @@ Examples:
     training/recipes/clm_mini.yaml
 """
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import torch
-import yaml
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-import hf_custom
-from hf_custom.presets import preset_config
-from training.args import DataArguments, ModelArguments, parse_arguments, user_errors
+from training import runs
+from training.args import DataArguments, ModelArguments, RunArguments, parse_arguments, user_errors
 from training.data import collate_blocks, load_text, token_stream, tokenize_blocks
 from training.metrics import TextScore, score_text
-from training.plots import plot_loss_curve
-from training.tokenizer import train_tokenizer
+from training.runs import (
+    callbacks,
+    check_length,
+    finish,
+    is_sharded,
+    prepare_config,
+    prepare_model,
+    prepare_tokenizer,
+    train,
+)
 from training.trainer import CustomTrainer
 
 # Where these differ from the host's own: a run from nothing should learn, log and be scored without a flag.
 DEFAULTS = {
+    **runs.DEFAULTS,
     "output_dir": "runs/clm",
     "learning_rate": 1e-3,
-    "lr_scheduler_type": "cosine",
     "warmup_steps": 50,
     "weight_decay": 0.1,
     "adam_beta2": 0.95,
-    "per_device_train_batch_size": 8,
-    "per_device_eval_batch_size": 8,
     "eval_strategy": "steps",
     "eval_steps": 100,
-    "logging_steps": 10,
-    "save_strategy": "epoch",
-    "save_total_limit": 2,
 }
-# Training arguments that a model card shows.
-SHOWN_ARGUMENTS = (
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "weight_decay",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "num_train_epochs",
-    "max_steps",
-    "seed",
-)
 
 
 @dataclass
@@ -105,82 +84,8 @@ class Run:
         num_bytes = len(self.held_out_text.encode())
         return score_text(self.model, self.held_out_ids, num_bytes, self.data.block_size, progress=True)
 
-    def shown_arguments(self) -> dict[str, object]:
-        """The training arguments of the card."""
-        shown = {name: getattr(self.trainer.args, name) for name in SHOWN_ARGUMENTS}
-        world = self.trainer.args.world_size
-        rates = [entry["tokens_per_second"] for entry in self.trainer.state.log_history if "tokens_per_second" in entry]
-        return {
-            **shown,
-            "lr_scheduler_type": str(shown["lr_scheduler_type"].value),
-            "block_size": self.data.block_size,
-            "steps": self.trainer.state.global_step,
-            "processes": world,
-            "device": self.trainer.args.device.type,
-            "tokens per second (median)": f"{sorted(rates)[len(rates) // 2]:,.0f}" if rates else "not measured",
-        }
 
-
-def prepare_tokenizer(model_args: ModelArguments, texts, data_args: DataArguments, training_args: TrainingArguments):
-    """The tokenizer that is named, that of the checkpoint, or a new one trained on the training text."""
-    name = model_args.tokenizer_name or model_args.model_name_or_path
-    if name is not None:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        if tokenizer.eos_token_id is None:
-            raise ValueError(f"tokenizer {name} has no end token (`eos_token`) to close a document with.")
-        return tokenizer
-    if data_args.text_column not in texts["train"].column_names:
-        raise ValueError("the data is token ids already. Name the tokenizer that made them with --tokenizer_name.")
-    folder = training_args.output_dir
-    # One process trains it and the others read it, so that all have the same.
-    with training_args.main_process_first(desc="tokenizer"):
-        if training_args.process_index == 0:
-            rows = texts["train"]
-            text = (row[data_args.text_column] for row in rows)
-            train_tokenizer(text, "bpe", model_args.vocab_size).save_pretrained(folder)
-        return AutoTokenizer.from_pretrained(folder)
-
-
-def prepare_model(model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase, block_size: int) -> PreTrainedModel:
-    """A checkpoint as our class, or a preset from nothing with the tokenizer's vocabulary."""
-    checkpoint = model_args.model_name_or_path
-    if checkpoint is not None:
-        if model_args.config_overrides:
-            raise ValueError(
-                "--config_overrides changes a --preset, but a checkpoint was named. Leave one of them out."
-            )
-        hf_custom.register(replace_stock=True)
-        config = AutoConfig.from_pretrained(checkpoint)
-    else:
-        tokens = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-        fields = {"vocab_size": len(tokenizer), **tokens, **parse_overrides(model_args.config_overrides)}
-        config = preset_config(model_args.preset, **fields)
-    vocab_size, positions = config.vocab_size, config.max_position_embeddings
-    if len(tokenizer) > vocab_size:
-        raise ValueError(
-            f"the tokenizer has {len(tokenizer)} entries but the model's `vocab_size` is {vocab_size}. "
-            "Use the tokenizer of the checkpoint."
-        )
-    if block_size > positions:
-        raise ValueError(
-            f"--block_size is {block_size} but the model has {positions} positions. Use no more than that."
-        )
-    attention = {"attn_implementation": model_args.attn_implementation}
-    if checkpoint is not None:
-        return AutoModelForCausalLM.from_pretrained(checkpoint, config=config, **attention)
-    return AutoModelForCausalLM.from_config(config, **attention)
-
-
-def parse_overrides(text: str | None) -> dict:
-    """`a=1,b=rope` as a dictionary, each value read as YAML reads it."""
-    pairs = [item.partition("=") for item in text.split(",")] if text else []
-    for key, equals, value in pairs:
-        if not (key and equals and value):
-            raise ValueError(f"--config_overrides has {key + equals + value!r}; write `field=value,field=value`.")
-    return {key.strip(): yaml.safe_load(value) for key, _, value in pairs}
-
-
-def prepare(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> Run:
+def prepare(model_args: ModelArguments, data_args: DataArguments, training_args: RunArguments) -> Run:
     """Load, check and tokenize the data, and build tokenizer, model and trainer. Nothing is trained yet."""
     set_seed(training_args.seed)
     if data_args.streaming and training_args.max_steps <= 0:
@@ -195,8 +100,15 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, training_args:
         streaming=data_args.streaming,
         seed=training_args.seed,
     )
-    tokenizer = prepare_tokenizer(model_args, texts, data_args, training_args)
-    model = prepare_model(model_args, tokenizer, data_args.block_size)
+    column, rows = data_args.text_column, texts["train"]
+    training_text = (lambda: (row[column] for row in rows)) if column in rows.column_names else None
+    tokenizer = prepare_tokenizer(model_args, training_args, training_text, "bpe")
+    if tokenizer.eos_token_id is None:
+        name = model_args.tokenizer_name or model_args.model_name_or_path
+        raise ValueError(f"tokenizer {name} has no end token (`eos_token`) to close a document with.")
+    config = prepare_config(model_args, tokenizer)
+    check_length("block_size", data_args.block_size, config)
+    model = prepare_model(AutoModelForCausalLM, model_args, config)
 
     def blocks(split: str) -> Dataset | IterableDataset:
         with training_args.main_process_first(desc="tokenizing"):
@@ -216,47 +128,30 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, training_args:
         eval_dataset=blocks("validation") if training_args.eval_strategy != "no" else None,
         processing_class=tokenizer,
         data_collator=collate_blocks,
+        callbacks=callbacks(training_args),
     )
     return Run(trainer, tokenizer, texts, data_args)
 
 
-def finish(run: Run) -> None:
-    """Save the model with its code, score it on the whole held-out text, draw the curve and write the card."""
-    trainer, output_dir = run.trainer, Path(run.trainer.args.output_dir)
-    trainer.save_model()
-    trainer.save_state()
-    is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    if is_sharded or run.data.streaming or run.data.text_column not in run.texts["validation"].column_names:
-        # No process holds the whole model, or nobody the text: the evaluation of the blocks has to do.
+def measure(run: Run) -> dict[str, float]:
+    """Numbers of the held-out text: of every token of it or, where that is out of reach, of the evaluation's blocks."""
+    trainer = run.trainer
+    if is_sharded(trainer) or run.data.streaming or run.data.text_column not in run.texts["validation"].column_names:
+        # No process holds the whole model, or nobody the text.
         evaluation = trainer.evaluate(eval_dataset=trainer.eval_dataset) if trainer.eval_dataset is not None else {}
-        metrics = {"loss": evaluation["eval_loss"]} if evaluation else {}
-    elif trainer.is_world_process_zero():
-        score = run.score()
-        metrics = {"perplexity": score.perplexity, "bits per byte": score.bits_per_byte}
+        return {"loss": evaluation["eval_loss"]} if evaluation else {}
     if not trainer.is_world_process_zero():
-        return
-    name = output_dir.name
-    plot_loss_curve(trainer.state.log_history, output_dir / "loss_curve.png", name)
-    (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    for metric, value in metrics.items():
-        print(f"held-out {metric}: {value:.4f}")
-    if metrics:
-        trainer.card_fields = {
-            "name": name,
-            "data": run.data.description,
-            "metrics": {name: metrics},
-            "training": run.shown_arguments(),
-            "curve": "loss_curve.png",
-        }
-        trainer.create_model_card()
+        return {}
+    score = run.score()
+    return {"perplexity": score.perplexity, "bits per byte": score.bits_per_byte}
 
 
 def main(argv: list[str] | None = None) -> None:
     with user_errors():
-        arguments = parse_arguments((ModelArguments, DataArguments, TrainingArguments), argv, __doc__, **DEFAULTS)
+        arguments = parse_arguments((ModelArguments, DataArguments, RunArguments), argv, __doc__, **DEFAULTS)
         run = prepare(*arguments)
-    run.trainer.train(resume_from_checkpoint=run.trainer.args.resume_from_checkpoint)
-    finish(run)
+    train(run.trainer)
+    finish(run.trainer, run.data.description, measure(run), block_size=run.data.block_size)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,203 @@
+"""What the training scripts do alike: find tokenizer and model, train, and finish with curve, numbers and card."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import yaml
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    EarlyStoppingCallback,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+import hf_custom
+from hf_custom.presets import preset_config
+from training.args import ModelArguments, RunArguments
+from training.plots import plot_loss_curve
+from training.tokenizer import train_tokenizer
+from training.trainer import CustomTrainer
+
+# Where these differ from the host's own: a run should learn, log and be scored without a flag.
+DEFAULTS = {
+    "lr_scheduler_type": "cosine",
+    "per_device_train_batch_size": 8,
+    "per_device_eval_batch_size": 8,
+    "logging_steps": 10,
+    "save_strategy": "epoch",
+    "save_total_limit": 2,
+}
+# Of a checkpoint that learns a task (Devlin et al. 2019, appendix A.3).
+FINE_TUNING_DEFAULTS = {
+    **DEFAULTS,
+    "learning_rate": 5e-5,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 0.1,
+    "weight_decay": 0.01,
+    "num_train_epochs": 3,
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 64,
+    "eval_strategy": "epoch",
+}
+# Training arguments that a model card shows.
+SHOWN_ARGUMENTS = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "num_train_epochs",
+    "max_steps",
+    "seed",
+)
+
+
+def prepare_tokenizer(
+    model_args: ModelArguments, training_args: RunArguments, texts: Callable[[], Iterator[str]] | None, kind: str
+) -> PreTrainedTokenizerBase:
+    """The tokenizer that is named, that of the checkpoint, or a new one of `kind` trained on the training text.
+
+    Args:
+        texts: gives the training text; `None` when the data is token ids already.
+    """
+    name = model_args.tokenizer_name or model_args.model_name_or_path
+    if name is not None:
+        return AutoTokenizer.from_pretrained(name)
+    if texts is None:
+        raise ValueError("the data is token ids already. Name the tokenizer that made them with --tokenizer_name.")
+    folder = training_args.output_dir
+    # One process trains it and the others read it, so that all have the same.
+    with training_args.main_process_first(desc="tokenizer"):
+        if training_args.process_index == 0:
+            train_tokenizer(texts(), kind, model_args.vocab_size).save_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder)
+
+
+def parse_overrides(text: str | None) -> dict:
+    """`a=1,b=rope` as a dictionary, each value read as YAML reads it."""
+    pairs = [item.partition("=") for item in text.split(",")] if text else []
+    for key, equals, value in pairs:
+        if not (key and equals and value):
+            raise ValueError(f"--config_overrides has {key + equals + value!r}; write `field=value,field=value`.")
+    return {key.strip(): yaml.safe_load(value) for key, _, value in pairs}
+
+
+def prepare_config(model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase, **fields) -> PreTrainedConfig:
+    """The configuration of the checkpoint, or of a preset with the tokenizer's vocabulary.
+
+    Args:
+        fields: what the task needs of it (`num_labels`, say).
+    """
+    checkpoint = model_args.model_name_or_path
+    if checkpoint is not None:
+        if model_args.config_overrides:
+            raise ValueError(
+                "--config_overrides changes a --preset, but a checkpoint was named. Leave one of them out."
+            )
+        hf_custom.register(replace_stock=not model_args.stock)
+        config = AutoConfig.from_pretrained(checkpoint, **fields)
+    elif model_args.stock:
+        raise ValueError("--stock trains the host's class of a checkpoint. Name one with --model_name_or_path.")
+    else:
+        tokens = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+        fields = {"vocab_size": len(tokenizer), **tokens, **fields, **parse_overrides(model_args.config_overrides)}
+        config = preset_config(model_args.preset, **fields)
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} entries but the model's `vocab_size` is {config.vocab_size}. "
+            "Use the tokenizer of the checkpoint."
+        )
+    return config
+
+
+def check_length(flag: str, length: int, config: PreTrainedConfig) -> None:
+    """Refuse rows longer than the model's positions."""
+    if length > config.max_position_embeddings:
+        raise ValueError(
+            f"--{flag} is {length} but the model has {config.max_position_embeddings} positions. Use no more than that."
+        )
+
+
+def prepare_model(auto_class: type, model_args: ModelArguments, config: PreTrainedConfig) -> PreTrainedModel:
+    """The class of `config` under `auto_class`, with the checkpoint's weights or from nothing."""
+    attention = {"attn_implementation": model_args.attn_implementation}
+    if model_args.model_name_or_path is not None:
+        return auto_class.from_pretrained(model_args.model_name_or_path, config=config, **attention)
+    return auto_class.from_config(config, **attention)
+
+
+def callbacks(training_args: RunArguments) -> list[TrainerCallback]:
+    """Early stopping, where it is asked for."""
+    patience = training_args.early_stopping_patience
+    return [] if patience is None else [EarlyStoppingCallback(patience)]
+
+
+def train(trainer: CustomTrainer) -> None:
+    """Train from the start, from the checkpoint that is named or, with --resume, from the newest in the folder."""
+    args, checkpoint = trainer.args, trainer.args.resume_from_checkpoint
+    if args.resume and checkpoint is None:
+        checkpoint = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+        if checkpoint is None and trainer.is_world_process_zero():
+            print(f"--resume: no checkpoint in {args.output_dir}, so training starts from the beginning")
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def shown_arguments(trainer: CustomTrainer, **more) -> dict[str, object]:
+    """The training arguments of the card, and what was measured on the way."""
+    shown = {name: getattr(trainer.args, name) for name in SHOWN_ARGUMENTS}
+    rates = [entry["tokens_per_second"] for entry in trainer.state.log_history if "tokens_per_second" in entry]
+    return {
+        **shown,
+        "lr_scheduler_type": str(shown["lr_scheduler_type"].value),
+        **more,
+        "steps": trainer.state.global_step,
+        "processes": trainer.args.world_size,
+        "device": trainer.args.device.type,
+        "tokens per second (median)": f"{sorted(rates)[len(rates) // 2]:,.0f}" if rates else "not measured",
+    }
+
+
+def finish(
+    trainer: CustomTrainer, data: str, metrics: dict[str, float], pictures: dict[str, str] | None = None, **shown
+) -> None:
+    """Save the model with its code, draw the curve, write the numbers and the card.
+
+    Called by every process; the model must have been scored before.
+
+    Args:
+        data: what it was trained on, in words.
+        metrics: of the held-out data, by name.
+        pictures: titles by file name, of pictures in the output folder to show in the card.
+        shown: arguments to show in the card beside the Trainer's.
+    """
+    output_dir = Path(trainer.args.output_dir)
+    trainer.save_model()
+    trainer.save_state()
+    if not trainer.is_world_process_zero():
+        return
+    name = output_dir.name
+    plot_loss_curve(trainer.state.log_history, output_dir / "loss_curve.png", name)
+    (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    for metric, value in metrics.items():
+        print(f"held-out {metric}: {value:.4f}")
+    if metrics:
+        trainer.card_fields = {
+            "name": name,
+            "data": data,
+            "metrics": {name: metrics},
+            "training": shown_arguments(trainer, **shown),
+            "curve": "loss_curve.png",
+            "pictures": pictures or {},
+        }
+        trainer.create_model_card()
+
+
+def is_sharded(trainer: CustomTrainer) -> bool:
+    """Whether no process holds the whole model."""
+    return trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
