@@ -1,6 +1,26 @@
-"""GPT-2, readable and drop-in: a plugin for Hugging Face Transformers. Importing it registers its classes."""
+"""GPT-2 and BERT, readable and drop-in: a plugin for Hugging Face Transformers. Importing it registers its classes."""
 
+from .configuration_bert import CustomBertConfig
+from .configuration_blip2 import CustomBlip2VisionConfig
 from .configuration_gpt2 import CustomGPT2Config
+from .modeling_bert import CustomBertModel, CustomBertPreTrainedModel
+from .modeling_bert_heads import (
+    CustomBertForCausalLM,
+    CustomBertForImageTextRetrieval,
+    CustomBertForMaskedLM,
+    CustomBertForMultipleChoice,
+    CustomBertForNextSentencePrediction,
+    CustomBertForPreTraining,
+    CustomBertForQuestionAnswering,
+    CustomBertForSequenceClassification,
+    CustomBertForTokenClassification,
+    CustomBertForVisualQuestionAnswering,
+)
+from .modeling_blip2_vision import (
+    CustomBlip2VisionForImageClassification,
+    CustomBlip2VisionModel,
+    CustomBlip2VisionPreTrainedModel,
+)
 from .modeling_gpt2 import (
     CustomGPT2DoubleHeadsModel,
     CustomGPT2ForCausalLM,
@@ -17,6 +37,23 @@ __version__ = "0.1.0"
 register()
 
 __all__ = [
+    "CustomBertConfig",
+    "CustomBertForCausalLM",
+    "CustomBertForImageTextRetrieval",
+    "CustomBertForMaskedLM",
+    "CustomBertForMultipleChoice",
+    "CustomBertForNextSentencePrediction",
+    "CustomBertForPreTraining",
+    "CustomBertForQuestionAnswering",
+    "CustomBertForSequenceClassification",
+    "CustomBertForTokenClassification",
+    "CustomBertForVisualQuestionAnswering",
+    "CustomBertModel",
+    "CustomBertPreTrainedModel",
+    "CustomBlip2VisionConfig",
+    "CustomBlip2VisionForImageClassification",
+    "CustomBlip2VisionModel",
+    "CustomBlip2VisionPreTrainedModel",
     "CustomGPT2Config",
     "CustomGPT2DoubleHeadsModel",
     "CustomGPT2ForCausalLM",

@@ -32,6 +32,7 @@ def eager_attention_forward(
     scaling: float | None = None,
     dropout: float = 0.0,
     upcast: bool = False,
+    position_bias: torch.Tensor | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """softmax(query · keyᵀ · scaling + mask) · value (Vaswani et al. 2017, equation 1).
@@ -41,6 +42,7 @@ def eager_attention_forward(
         attention_mask: additive, broadcast to (B, H, T, S), as the host builds it for `eager`.
         scaling: factor of the scores, `K ** -0.5` when `None`.
         upcast: compute scores and softmax in float32, autocast off.
+        position_bias: added to the scores, (B, H, T, S).
 
     Returns:
         The output (B, T, H, K) and the attention weights (B, H, T, S), in the type of `value`.
@@ -51,6 +53,8 @@ def eager_attention_forward(
         query, key = query.float(), key.float()
     with torch.autocast(query.device.type, enabled=False) if upcast else nullcontext():
         attn_weights = torch.matmul(query, key.transpose(-1, -2)) * scaling
+        if position_bias is not None:
+            attn_weights = attn_weights + position_bias
         if attention_mask is not None:
             attn_weights = attn_weights + (_mask_in_float32(attention_mask) if upcast else attention_mask)
         attn_weights = attn_weights.softmax(dim=-1)
@@ -107,6 +111,8 @@ def varlen_attention_forward(
     max_length_q: int | None = None,
     max_length_k: int | None = None,
     buckets: Callable[[], Buckets] | None = None,
+    position_bias: torch.Tensor | Callable | None = None,
+    position_ids: torch.Tensor | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """Attention of sequences packed into one row, each to itself or to its own keys, and to no other.
@@ -119,6 +125,9 @@ def varlen_attention_forward(
         cu_seq_lens_q, cu_seq_lens_k: (N + 1,), where the queries and the keys of N sequences begin, and the totals.
         max_length_q, max_length_k: of the longest sequence.
         buckets: gives the groups, shared by all layers of a call.
+        position_bias: added to the scores, (1, H, T, S); of packed sequences the function that gives it for a group,
+            from queries and keys (count, H, length, K) and the positions of both, (count, length).
+        position_ids: (1, total), for that function.
 
     Returns:
         The output (1, total, H, K), and no weights. A sequence without keys gets zeros.
@@ -127,36 +136,51 @@ def varlen_attention_forward(
     if cu_seq_lens_q is None:
         has_boolean_mask = attention_mask is not None and attention_mask.dtype == torch.bool
         is_square = attention_mask is None and (query.shape[2] == key.shape[2] or not is_causal)
-        if dropout and query.device.type == "cpu" and (has_boolean_mask or is_square):
+        is_plain = position_bias is None and (has_boolean_mask or is_square)
+        if dropout and query.device.type == "cpu" and is_plain:
             is_causal = is_causal and not has_boolean_mask
             output = fused_attention(query, key, value, attention_mask, dropout, is_causal, scaling)
             return output.transpose(1, 2).contiguous(), None
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs
-        )
+        kwargs |= {"is_causal": is_causal, "position_bias": position_bias}
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     query, key, value = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not dropout:
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not dropout and position_bias is None:
         window = (-1, 0) if is_causal else (-1, -1)
         lengths = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
         output = varlen_attn(query, key, value, *lengths, scale=scaling, window_size=window)
     else:
         groups = buckets() if buckets is not None else Buckets.of(cu_seq_lens_q, cu_seq_lens_k)
-        output = _attend_in_buckets(query, key, value, groups, scaling, dropout, is_causal)
+        bias = None if position_bias is None else (position_bias, position_ids.squeeze(0))
+        output = _attend_in_buckets(query, key, value, groups, scaling, dropout, is_causal, bias)
     return output.unsqueeze(0), None
 
 
-def _attend_in_buckets(query, key, value, buckets, scaling, dropout, is_causal):
-    """(total, H, K) queries over (total of the keys, H, K), group by group."""
+def _attend_in_buckets(query, key, value, buckets, scaling, dropout, is_causal, bias):
+    """(total, H, K) queries over (total of the keys, H, K), group by group; `bias`: a function, and the positions."""
     query = buckets.queries.to_places(query)
     key, value = buckets.keys.to_places(key), buckets.keys.to_places(value)
+    groups = buckets.split(query, key, value)
+    if bias is not None:
+        position_bias, positions = bias
+        (positions,) = buckets.split(buckets.queries.to_places(positions))
     outputs = []
-    for bucket, *states in zip(buckets.buckets, *buckets.split(query, key, value), strict=True):
+    for index, (bucket, *states) in enumerate(zip(buckets.buckets, *groups, strict=True)):
         query, key, value = (rows.transpose(1, 2) for rows in states)
         # Without a mask in the causal case: what is padded to the right of a sequence is in the future of all of it.
-        key_mask = None if is_causal else bucket.key_mask
-        output = fused_attention(query, key, value, key_mask, dropout, is_causal, scaling)
+        mask = None if is_causal else bucket.key_mask
+        if bias is not None:
+            scores = position_bias(query, key, positions[index], positions[index])
+            mask = _as_mask(scores, bucket.key_mask, is_causal)
+        output = fused_attention(query, key, value, mask, dropout, is_causal and bias is None, scaling)
         outputs.append(output.transpose(1, 2).flatten(0, 1))
     return buckets.queries.to_tokens(torch.cat(outputs) if len(outputs) > 1 else outputs[0])
+
+
+def _as_mask(bias, key_mask, is_causal):
+    """A bias (B, H, T, S) as the additive mask that also hides padding or what is to come."""
+    if is_causal:
+        key_mask = torch.ones(bias.shape[-2:], dtype=torch.bool, device=bias.device).tril()
+    return bias if key_mask is None else bias.masked_fill(~key_mask, torch.finfo(bias.dtype).min)
 
 
 class _AttentionWithDropout(torch.autograd.Function):
@@ -236,10 +260,11 @@ def fused_attention(
 
     Args:
         query: (B, H, T, K); `key` and `value`: (B, H, S, K).
-        attention_mask: booleans, true where a query attends, (B, 1, T or 1, S); or none.
+        attention_mask: booleans, true where a query attends, (B, 1, T or 1, S); or reals to add to the scores; or none.
         is_causal: for T = S.
     """
-    if dropout and query.device.type == "cpu" and not is_traced():
+    has_bias = attention_mask is not None and attention_mask.dtype != torch.bool
+    if dropout and query.device.type == "cpu" and not is_traced() and not has_bias:
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         output = _AttentionWithDropout.apply(query, key, value, attention_mask, dropout, is_causal, scaling)
         return output.to(value.dtype)

@@ -49,6 +49,43 @@ def check_ids(ids: torch.Tensor, vocab_size: int, name: str) -> None:
         )
 
 
+def check_token_types(token_type_ids: torch.Tensor, num_types: int) -> None:
+    """Segments (B, T) have a row in their table."""
+    if _can_read(token_type_ids) and (found := _first_row_outside(token_type_ids, 0, num_types)):
+        row, value = found
+        raise ValueError(
+            f"`token_type_ids` holds {value} in row {row}, but `type_vocab_size` is {num_types}: segments are numbered "
+            f"from 0 to {num_types - 1}. Use the tokenizer this model was trained with, or leave them out."
+        )
+
+
+def check_pixels(pixel_values: torch.Tensor, patch_shape: tuple[int, int], image_shape: tuple[int, int] | None) -> None:
+    """Images (B, 3, height, width) of real numbers, cut into whole patches; of `image_shape` where it is given."""
+    shape = tuple(pixel_values.shape)
+    if pixel_values.ndim != 4 or shape[1] != 3:
+        channels = f", {shape[-3]} channels" if pixel_values.ndim > 3 else ""
+        raise ValueError(
+            f"`pixel_values` has shape {shape}{channels}, but (batch, 3, height, width) is needed. "
+            "Convert each image to RGB and use the image processor that belongs to the model."
+        )
+    if not pixel_values.is_floating_point():
+        raise TypeError(
+            f"`pixel_values` has dtype {pixel_values.dtype} but the model reads normalised real numbers. "
+            "Use the image processor that belongs to it."
+        )
+    size = shape[-2:]
+    if any(side % patch for side, patch in zip(size, patch_shape, strict=True)) or 0 in shape:
+        raise ValueError(
+            f"`pixel_values` has shape {shape}, but patches of {patch_shape[0]} x {patch_shape[1]} pixels must divide "
+            "height and width. Resize the images."
+        )
+    if image_shape is not None and size != image_shape:
+        raise ValueError(
+            f"`pixel_values` are {size[0]} x {size[1]} pixels but the model was made for {image_shape[0]} x "
+            f"{image_shape[1]}. Resize them, or pass `interpolate_pos_encoding=True`."
+        )
+
+
 def check_attention_mask(attention_mask, batch_size: int, length: int, past_key_values=None) -> None:
     """A 2-D mask has a row a sequence and a column a token, cached ones first, or a column a slot of a static cache.
 
@@ -115,6 +152,32 @@ def check_labels(labels: torch.Tensor, shape: tuple[int, ...], num_classes: int,
             f"`{name}` holds {value} in row {row}, but `{classes}` is {num_classes}: labels lie between 0 and "
             f"{num_classes - 1}, or are -100 to be ignored. Correct the label or `{classes}`."
         )
+
+
+def check_sequence_labels(labels: torch.Tensor, batch_size: int, config) -> None:
+    """Labels of whole sequences suit `config.problem_type`, found as stock finds it and kept for the pipelines.
+
+    Args:
+        labels: (B,) class indices, or reals (B,) or (B, L) for regression, or zeros and ones (B, L).
+    """
+    num_labels = config.num_labels
+    if config.problem_type is None:
+        if num_labels == 1:
+            config.problem_type = "regression"
+        elif not labels.is_floating_point():
+            config.problem_type = "single_label_classification"
+        else:
+            config.problem_type = "multi_label_classification"
+    if config.problem_type == "single_label_classification":
+        check_labels(labels.view(-1), (batch_size,), num_labels, "labels", "num_labels")
+        return
+    if labels.numel() != batch_size * num_labels:
+        raise ValueError(
+            f"`labels` has shape {tuple(labels.shape)} but {config.problem_type} with `num_labels` {num_labels} needs "
+            f"({batch_size}, {num_labels}). Correct the labels or `num_labels`."
+        )
+    if config.problem_type == "multi_label_classification":
+        check_probabilities(labels, "labels")
 
 
 def check_probabilities(labels: torch.Tensor, name: str) -> None:

@@ -30,10 +30,10 @@ LOOK_ALIKES = frozenset({"cls_token_id", "mask_token_id", "sep_token_id", "tie_e
 class CustomConfig(PreTrainedConfig):
     """Base of the package's configurations.
 
-    A subclass declares its fields and four tables: `stock_model_types` (types whose JSON loads here silently),
-    `choices` (allowed values by field), `probabilities` and `positive` (fields that lie in [0, 1], or above 0) and
-    `auto_classes` (which class in which file serves which Auto class; the registry and the `auto_map` of a saved model
-    both read it).
+    A subclass declares its fields and what is allowed for them: `stock_model_types` (types whose JSON loads here
+    silently), `choices` (values by field), `probabilities` and `positive` (fields that lie in [0, 1], or above 0),
+    `fewest_layers`; and `auto_classes` (which class in which file serves which Auto class; the registry and the
+    `auto_map` of a saved model both read it).
 
     Raises:
         ValueError: for a value out of range, or a key that looks like a misspelt field.
@@ -43,6 +43,7 @@ class CustomConfig(PreTrainedConfig):
     choices: ClassVar[dict[str, tuple[str, ...]]] = {}
     probabilities: ClassVar[tuple[str, ...]] = ()
     positive: ClassVar[tuple[str, ...]] = ()
+    fewest_layers: ClassVar[int] = 1
     auto_classes: ClassVar[dict[str, str]] = {}
 
     def __post_init__(self, **kwargs):
@@ -70,7 +71,7 @@ class CustomConfig(PreTrainedConfig):
         """Refuse a size that is not an integer from 1 (0 for labels) to `limit`; `None` means derived or absent."""
         if value is None:
             return
-        lowest = 0 if field == "num_labels" else 1
+        lowest = {"num_labels": 0, "num_hidden_layers": self.fewest_layers}.get(field, 1)
         if not isinstance(value, int) or not lowest <= value <= limit:
             raise ValueError(
                 f"`{field}` is {value!r} but must be an integer from {lowest} to {limit:,}. "
@@ -93,11 +94,12 @@ class CustomConfig(PreTrainedConfig):
                 f"Choose a number of heads that does, for instance {_nearest_divisor(width, heads)}."
             )
         positions = getattr(self, "max_position_embeddings", 0)
-        parameters = 12 * self.num_hidden_layers * width**2 + (self.vocab_size + positions) * width
+        vocab_size = getattr(self, "vocab_size", 0)
+        parameters = 12 * self.num_hidden_layers * width**2 + (vocab_size + positions) * width
         if parameters > MAX_PARAMETERS:
             raise ValueError(
                 f"this configuration describes about {parameters:,} parameters, more than {MAX_PARAMETERS:,}. "
-                f"Reduce `{layers_field}`, `{width_field}` or `vocab_size`."
+                f"Reduce `{layers_field}`, `{width_field}`" + (" or `vocab_size`." if vocab_size else ".")
             )
         for name, allowed in self.choices.items():
             if getattr(self, name) not in allowed:

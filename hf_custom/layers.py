@@ -8,7 +8,7 @@ from transformers import pytorch_utils
 from transformers.activations import ACT2FN
 
 from .dropout import Dropout
-from .matmul import affine, has_hooks, times, times_transposed
+from .matmul import affine, has_hooks, is_plain_linear, linear, project, times, times_transposed
 from .ops import first_attended, is_traced, last_attended, padding_of
 
 
@@ -33,19 +33,20 @@ class Conv1D(pytorch_utils.Conv1D):
 
 
 class _ActivatedAffine(torch.autograd.Function):
-    """act(x) · weight + bias, for which the backward pass computes act(x) again instead of keeping it."""
+    """act(x) · weight + bias with the weight (I, O), or `is_transposed` (O, I), for which the backward pass computes
+    act(x) again instead of keeping it."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, act):
-        ctx.act, device = act, x.device.type
+    def forward(ctx, x, weight, bias, act, is_transposed):
+        ctx.act, ctx.is_transposed, device = act, is_transposed, x.device.type
         ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
         ctx.save_for_backward(x, weight, bias)
-        return affine(act(x), weight, bias)
+        return (linear if is_transposed else affine)(act(x), weight, bias)
 
     @staticmethod
     def backward(ctx, grad_output):
         x, weight, bias = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         # The graph of a second derivative goes through the input itself.
         is_differentiated = torch.is_grad_enabled()
         grad_x = grad_weight = grad_bias = None
@@ -56,29 +57,34 @@ class _ActivatedAffine(torch.autograd.Function):
             activated = ctx.act(x.view_as(x))
             with torch.set_grad_enabled(is_differentiated):
                 if needs_weight:
-                    grad_weight = times(activated.t(), grad_output.contiguous()).to(weight.dtype)
+                    rows, columns = (grad_output, activated) if ctx.is_transposed else (activated, grad_output)
+                    grad_weight = times(rows.t(), columns.contiguous()).to(weight.dtype)
                 if needs_bias:
                     grad_bias = grad_output.sum(0).to(bias.dtype)
                 if needs_x:
-                    grad_activated = times_transposed(grad_output, weight).to(activated.dtype)
+                    product = times if ctx.is_transposed else times_transposed
+                    grad_activated = product(grad_output, weight).to(activated.dtype)
                     (grad_x,) = torch.autograd.grad(activated, x, grad_activated, create_graph=is_differentiated)
-        return grad_x, grad_weight, grad_bias, None
+        return grad_x, grad_weight, grad_bias, None, None
+
+
+def _is_plain_conv1d(module):
+    """Whether calling `module` is the map of a Conv1D and nothing else."""
+    is_whole = type(module) is Conv1D and type(module.weight) in (torch.Tensor, nn.Parameter)
+    return is_whole and "forward" not in vars(module) and not has_hooks(module)
 
 
 def project_activated(act: nn.Module, x: torch.Tensor, projection: nn.Module) -> torch.Tensor:
-    """`projection(act(x))`, the second half of a feed-forward layer, without keeping act(x) in training: (..., nf).
+    """`projection(act(x))`, the second half of a feed-forward layer, without keeping act(x) in training: (..., O).
 
     At four times the hidden size it is the largest tensor of a block, and the cheapest to compute again.
     """
-    is_plain = (
-        type(projection) is Conv1D
-        and not any("forward" in vars(module) or has_hooks(module) for module in (act, projection))
-        and type(projection.weight) in (torch.Tensor, nn.Parameter)
-    )
-    if not is_plain or not torch.is_grad_enabled() or is_traced() or next(act.parameters(), None) is not None:
-        return projection(act(x))
-    rows = _ActivatedAffine.apply(x.reshape(-1, x.shape[-1]), projection.weight, projection.bias, act)
-    return rows.view(*x.shape[:-1], projection.nf)
+    is_linear = is_plain_linear(projection)
+    is_plain = not ("forward" in vars(act) or has_hooks(act) or next(act.parameters(), None) is not None)
+    if not is_plain or not (is_linear or _is_plain_conv1d(projection)) or not torch.is_grad_enabled() or is_traced():
+        return project(projection, act(x))
+    rows = _ActivatedAffine.apply(x.reshape(-1, x.shape[-1]), projection.weight, projection.bias, act, is_linear)
+    return rows.view(*x.shape[:-1], -1)
 
 
 def get_activation(name: str, field: str) -> nn.Module:

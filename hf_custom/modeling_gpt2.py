@@ -40,7 +40,7 @@ from .checks import (
     check_ids,
     check_labels,
     check_positions,
-    check_probabilities,
+    check_sequence_labels,
     input_shape,
 )
 from .configuration_gpt2 import CustomGPT2Config
@@ -598,7 +598,7 @@ class CustomGPT2ForSequenceClassification(CustomGPT2PreTrainedModel):
         """
         batch_size = input_shape(input_ids, inputs_embeds)[0]
         if labels is not None:
-            self._check_labels(labels, batch_size)
+            check_sequence_labels(labels, batch_size, self.config)
         last_token = self._last_tokens(input_ids, attention_mask, batch_size)
         outputs = self.transformer(
             input_ids,
@@ -637,26 +637,6 @@ class CustomGPT2ForSequenceClassification(CustomGPT2PreTrainedModel):
                 "`attention_mask` was passed. Set `model.config.pad_token_id = tokenizer.pad_token_id`."
             )
         return -1
-
-    def _check_labels(self, labels, batch_size):
-        """Find `problem_type` as stock does, keep it in the configuration for the pipelines, and check the labels."""
-        if self.config.problem_type is None:
-            if self.num_labels == 1:
-                self.config.problem_type = "regression"
-            elif not labels.is_floating_point():
-                self.config.problem_type = "single_label_classification"
-            else:
-                self.config.problem_type = "multi_label_classification"
-        if self.config.problem_type == "single_label_classification":
-            check_labels(labels.view(-1), (batch_size,), self.num_labels, "labels", "num_labels")
-            return
-        if labels.numel() != batch_size * self.num_labels:
-            raise ValueError(
-                f"`labels` has shape {tuple(labels.shape)} but {self.config.problem_type} with `num_labels` "
-                f"{self.num_labels} needs ({batch_size}, {self.num_labels}). Correct the labels or `num_labels`."
-            )
-        if self.config.problem_type == "multi_label_classification":
-            check_probabilities(labels, "labels")
 
 
 class CustomGPT2ForTokenClassification(CustomGPT2PreTrainedModel):

@@ -91,3 +91,36 @@ def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> 
     first, second = states.float().chunk(2, dim=-1)
     rotated = torch.cat((-second, first), dim=-1)
     return (states.float() * cos + rotated * sin).to(states.dtype)
+
+
+def relative_position_scores(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    query_positions: torch.Tensor,
+    key_positions: torch.Tensor,
+    distances: torch.Tensor,
+    has_key_term: bool,
+    scaling: float,
+) -> torch.Tensor:
+    """What relative positions add to the scores of attention: (B, H, T, S).
+
+    q_i · a_(i-j), the second term of Shaw et al. 2018, "Self-Attention with Relative Position Representations",
+    equation 5; with `has_key_term` also k_j · a_(i-j) (Huang et al. 2020, equation 13); each times `scaling`.
+
+    Args:
+        query: (B, H, T, K); `key`: (B, H, S, K).
+        query_positions: (B, T) or (1, T); `key_positions`: (B, S) or (1, S).
+        distances: (2 · M - 1, K), a vector for each distance from -(M - 1) to M - 1.
+    """
+    index = query_positions[:, :, None] - key_positions[:, None, :] + len(distances) // 2  # (B, T, S)
+    if index.device.type == "cpu" and not is_traced():
+        # Of a table for long texts, short ones need the middle.
+        low, high = (int(bound) for bound in torch.aminmax(index))
+        index, distances = index - low, distances[low : high + 1]
+    shape = (*query.shape[:3], key.shape[2])
+    index = index[:, None]
+    scores = (query @ distances.t()).gather(-1, index.expand(shape))
+    if has_key_term:
+        by_key = (key @ distances.t()).gather(-1, index.transpose(-1, -2).expand(*shape[:2], shape[3], shape[2]))
+        scores = scores + by_key.transpose(-1, -2)
+    return scores * scaling

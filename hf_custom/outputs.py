@@ -22,3 +22,18 @@ class DoubleHeadsModelOutput(ModelOutput):
     past_key_values: Cache | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class PreTrainingOutput(ModelOutput):
+    """Output of masked language modelling and next sentence prediction together (Devlin et al. 2019, section 3.1).
+
+    Shapes: `loss` is the scalar sum of the losses that labels were given for, `prediction_logits` (B, T, V) or `None`,
+    `seq_relationship_logits` (B, 2).
+    """
+
+    loss: torch.FloatTensor | None = None
+    prediction_logits: torch.FloatTensor | None = None
+    seq_relationship_logits: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None

@@ -444,10 +444,10 @@ class Buckets:
         return cls(buckets, queries, keys)
 
     def split(self, *sides: torch.Tensor) -> list[list[torch.Tensor]]:
-        """Queries, keys and values (places, ...) as rectangles (count, length, ...), one a bucket."""
+        """Queries, then keys and values (places, ...), as rectangles (count, length, ...), one a bucket."""
         lengths = ("query_length", "key_length", "key_length")
         parts = []
-        for side, length in zip(sides, lengths, strict=True):
+        for side, length in zip(sides, lengths[: len(sides)], strict=True):
             sizes = [(bucket.count, getattr(bucket, length)) for bucket in self.buckets]
             chunks = side.split([count * length for count, length in sizes])
             parts.append([chunk.unflatten(0, size) for chunk, size in zip(chunks, sizes, strict=True)])

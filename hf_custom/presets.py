@@ -2,18 +2,44 @@
 
 from transformers import PreTrainedConfig
 
+from .configuration_bert import CustomBertConfig
 from .configuration_gpt2 import CustomGPT2Config
 
 _SMALL = {"n_positions": 256, "resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.0}
+_BERT_MINI = {
+    "hidden_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 1024,
+    "max_position_embeddings": 256,
+    "vocab_size": 1024,
+}
+_PATCHES = {
+    "hidden_size": 256,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 0,
+    "num_attention_heads": 4,
+    "image_size": 64,
+    "patch_size": 8,
+}
 
 PRESETS: dict[str, tuple[type[PreTrainedConfig], dict]] = {
     # Small enough to learn on two processor cores.
     "gpt2-mini": (CustomGPT2Config, {"n_embd": 256, "n_layer": 4, "n_head": 4, "vocab_size": 1024, **_SMALL}),
+    "bert-mini": (CustomBertConfig, _BERT_MINI),
+    # The same with patches of small images, without a tower of their own (Kim et al. 2021, "ViLT").
+    "bert-vision-mini": (CustomBertConfig, {**_BERT_MINI, "max_position_embeddings": 64, "vision_config": _PATCHES}),
     # The published sizes (Radford et al. 2019, table 2).
     "gpt2": (CustomGPT2Config, {}),
     "gpt2-medium": (CustomGPT2Config, {"n_embd": 1024, "n_layer": 24, "n_head": 16}),
     "gpt2-large": (CustomGPT2Config, {"n_embd": 1280, "n_layer": 36, "n_head": 20}),
     "gpt2-xl": (CustomGPT2Config, {"n_embd": 1600, "n_layer": 48, "n_head": 25}),
+    # The published sizes (Devlin et al. 2019, section 3).
+    "bert-base": (CustomBertConfig, {}),
+    "bert-large": (
+        CustomBertConfig,
+        {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
+    ),
 }
 
 

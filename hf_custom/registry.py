@@ -3,15 +3,27 @@
 from importlib import import_module
 
 import transformers
-from transformers import AutoConfig, AutoTokenizer, GPT2Tokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BertTokenizer,
+    GPT2Tokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from .configuration_bert import CustomBertConfig
+from .configuration_blip2 import CustomBlip2VisionConfig
 from .configuration_gpt2 import CustomGPT2Config
 
-# One row a family. Which class serves which Auto class is said by the configuration itself, in `auto_classes`.
-FAMILIES: tuple[tuple[type[PreTrainedConfig], type[PreTrainedTokenizerBase]], ...] = (
+# One row a family: configuration, and tokenizer or none. Which class serves which Auto class is said by the
+# configuration itself, in `auto_classes`.
+FAMILIES: tuple[tuple[type[PreTrainedConfig], type[PreTrainedTokenizerBase] | None], ...] = (
     (CustomGPT2Config, GPT2Tokenizer),
+    (CustomBertConfig, BertTokenizer),
+    (CustomBlip2VisionConfig, None),
 )
 
 
@@ -25,12 +37,13 @@ def register(replace_stock: bool | None = None) -> None:
     """Register every family with the Auto classes. Importing the package does so once; calling again changes nothing.
 
     Args:
-        replace_stock: `True` makes `AutoModel*.from_pretrained` of a stock checkpoint (`gpt2`) give the class of this
-            package, in scripts that do not know it; `False` gives stock back; `None` leaves that as it is.
+        replace_stock: `True` makes `AutoModel*.from_pretrained` of a stock checkpoint (`gpt2`, `bert`) give the class
+            of this package, in scripts that do not know it; `False` gives stock back; `None` leaves that as it is.
     """
     for config_class, tokenizer_class in FAMILIES:
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-        AutoTokenizer.register(config_class, tokenizer_class, exist_ok=True)
+        if tokenizer_class is not None:
+            AutoTokenizer.register(config_class, tokenizer_class, exist_ok=True)
         config_class.register_for_auto_class()
         for auto_name, reference in config_class.auto_classes.items():
             if auto_name != "AutoConfig":
