@@ -27,9 +27,15 @@ _CARDS = next(
 # A card's task on the Hub by the kind of head.
 TASKS = {
     "ForCausalLM": "text-generation",
+    "ForMaskedLM": "fill-mask",
+    "ForPreTraining": "fill-mask",
     "ForSequenceClassification": "text-classification",
     "ForTokenClassification": "token-classification",
+    "ForVisualQuestionAnswering": "visual-question-answering",
     "ForQuestionAnswering": "question-answering",
+    "ForMultipleChoice": "multiple-choice",
+    "ForImageClassification": "image-classification",
+    "ForImageTextRetrieval": "zero-shot-image-classification",
 }
 
 # Runs where the package cannot be imported; prints nothing unless something is wrong.

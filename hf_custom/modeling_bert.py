@@ -145,7 +145,7 @@ class CustomBertMultiHeadAttention(nn.Module):
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         query = split_heads(project(self.query, hidden_states), self.head_dim)  # (B, H, T, K)
-        past_length = None
+        columns = None
         if self.is_cross_attention:
             key, value = self._encoder_key_value(encoder_hidden_states, past_key_values)
         else:
@@ -154,10 +154,12 @@ class CustomBertMultiHeadAttention(nn.Module):
                 query, key = apply_rotary(query, *position_embeddings), apply_rotary(key, *position_embeddings)
             if past_key_values is not None:
                 cache = getattr(past_key_values, "self_attention_cache", past_key_values)
-                past_length = cache.get_seq_length(self.layer_idx)
+                if self.is_relative:
+                    # Before the update: a static cache counts on in the same tensor.
+                    columns = torch.arange(query.shape[2], device=query.device) + cache.get_seq_length(self.layer_idx)
                 key, value = cache.update(key, value, self.layer_idx)
         if self.is_relative:
-            kwargs["position_bias"] = self._position_bias(query, key, past_length, **kwargs)
+            kwargs["position_bias"] = self._position_bias(query, key, columns, **kwargs)
 
         implementation = implementation_for(self.config._attn_implementation)
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
@@ -188,17 +190,23 @@ class CustomBertMultiHeadAttention(nn.Module):
             past_key_values.is_updated[self.layer_idx] = True
         return key, value
 
-    def _position_bias(self, query, key, past_length, position_ids, cu_seq_lens_q=None, **kwargs):
-        """What relative positions add to the scores (B, H, T, S) or, of packed sequences, the function giving it."""
+    def _position_bias(self, query, key, columns, position_ids, cu_seq_lens_q=None, **kwargs):
+        """What relative positions add to the scores (B, H, T, S) or, of packed sequences, the function giving it.
+
+        Args:
+            columns: (T,), of the queries among the cached tokens; `None` without a cache.
+        """
         has_key_term = self.config.position_embedding_type == "relative_key_query"
         options = {"distances": self.distance_embedding.weight, "has_key_term": has_key_term, "scaling": self.scaling}
         if cu_seq_lens_q is not None:
             return partial(relative_position_scores, **options)
         query_positions = key_positions = position_ids
-        if past_length is not None:
-            # The positions of what is cached are not known any more; columns have the same differences.
-            key_positions = torch.arange(key.shape[2], device=key.device).unsqueeze(0)
-            query_positions = torch.arange(query.shape[2], device=key.device).unsqueeze(0) + past_length
+        if columns is not None:
+            # The positions of what is cached are not known any more; columns have the same differences. Keys that the
+            # table does not reach are padding or empty slots, hidden by the mask.
+            reach = self.config.max_position_embeddings - 1
+            keys = torch.arange(key.shape[2], device=key.device).clamp(columns[-1] - reach, columns[0] + reach)
+            query_positions, key_positions = columns.unsqueeze(0), keys.unsqueeze(0)
         return relative_position_scores(query, key, query_positions, key_positions, **options)
 
 
@@ -469,6 +477,12 @@ class CustomBertModel(CustomBertPreTrainedModel):
 
     def _check_inputs(self, input_ids, inputs_embeds, token_type_ids, attention_mask, past_key_values):
         """Refuse what cannot be computed; the shape (B, T) of the rest."""
+        is_relative = self.config.position_embedding_type.startswith("relative")
+        if is_relative and "flash" in self.config._attn_implementation:
+            raise ValueError(
+                f"`position_embedding_type` {self.config.position_embedding_type!r} adds to the scores of attention, "
+                f"which {self.config._attn_implementation!r} cannot. Use `attn_implementation='sdpa'`."
+            )
         shape = input_shape(input_ids, inputs_embeds)
         if len(shape) != 2:
             raise ValueError(f"the input has shape {shape} but (batch, length) is needed. Flatten the leading axes.")

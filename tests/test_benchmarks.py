@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
 import hf_custom
 from training.benchmarks import __main__ as benchmarks
@@ -31,12 +31,17 @@ def stock_again():
     hf_custom.register(replace_stock=False)
 
 
-@pytest.fixture
-def checkpoint(tmp_path):
+def checkpoint_for(name, folder):
+    """A small stock checkpoint of the family that the benchmark measures."""
     torch.manual_seed(0)
-    config = GPT2Config(**CONFIG, n_head=4, bos_token_id=1, eos_token_id=1, initializer_range=0.2)
-    GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
-    return str(tmp_path / "model")
+    if benchmarks.NAMES[name] == "gpt2":
+        config = GPT2Config(**CONFIG, n_head=4, bos_token_id=1, eos_token_id=1, initializer_range=0.2)
+        model = GPT2LMHeadModel(config)
+    else:
+        sizes = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+        model = BertForMaskedLM(BertConfig(**sizes, vocab_size=99, initializer_range=0.2))
+    model.save_pretrained(folder / "model")
+    return str(folder / "model")
 
 
 def spec_of(setting, checkpoint, folder, **shape):
@@ -53,11 +58,11 @@ def spec_of(setting, checkpoint, folder, **shape):
     }
 
 
-@pytest.mark.parametrize("name", ["train", "encode", "decode"])
-def test_contenders_compute_the_same(name, checkpoint, tmp_path, stock_again):
-    proofs = []
+@pytest.mark.parametrize("name", ["train", "mlm", "encode", "sentences", "decode"])
+def test_contenders_compute_the_same(name, tmp_path, stock_again):
+    checkpoint, proofs = checkpoint_for(name, tmp_path), []
     for setting in (STOCK, Setting("stock", group_by_length=True), OURS):
-        if name != "train" and setting.group_by_length:
+        if name not in ("train", "mlm") and setting.group_by_length:
             continue
         torch.manual_seed(1)
         spec = spec_of(setting, checkpoint, tmp_path, new_tokens=5)
@@ -69,6 +74,13 @@ def test_contenders_compute_the_same(name, checkpoint, tmp_path, stock_again):
         assert is_ours == (setting.library == "ours")
     for path in proofs[:-1]:
         assert benchmarks.disagreement(path, proofs[-1], 1e-5) is None
+
+
+@pytest.mark.parametrize("name", ["train", "mlm"])
+def test_dropout_is_set_in_either_family(name, tmp_path, stock_again):
+    spec = spec_of(Setting("stock", dropout=0.3), checkpoint_for(name, tmp_path), tmp_path)
+    found = {module.p for module in WORKLOADS[name](spec).model.modules() if isinstance(module, torch.nn.Dropout)}
+    assert found == {0.3}
 
 
 def test_losses_compute_the_same(tmp_path):
@@ -141,6 +153,31 @@ def test_flops_are_six_a_weight_and_token():
     assert flops_per_token(CONFIG, 50) - flops_per_token(CONFIG, 0) == 3 * 2 * 2 * (2 * 32 * 50 / 2)
 
 
+def test_flops_of_masked_tokens_and_of_states():
+    blocks, head = 12 * 2 * 32**2, 0.15 * (99 * 32 + 32**2)
+    assert flops_per_token(CONFIG, 0, is_masked=True) == pytest.approx(6 * (blocks + head))
+    # Both ways: twice the pairs.
+    pairs = flops_per_token(CONFIG, 50) - flops_per_token(CONFIG, 0)
+    assert flops_per_token(CONFIG, 50, is_masked=True, has_head=False) == 6 * blocks + 2 * pairs
+
+
+def test_masks_are_those_of_the_document():
+    documents = [torch.randint(5, 99, (length,)).tolist() for length in (40, 1, 12)]
+    (batch,) = batches(documents, 3, mask_token_id=4)
+    hidden = batch["labels"] != -100
+    assert hidden.sum(-1).tolist() == [6, 1, 2] and (batch["input_ids"][hidden] == 4).all()
+    alone = [batches([ids], 1, mask_token_id=4)[0]["labels"][0].tolist() for ids in documents]
+    assert [row[: len(ids)].tolist() for row, ids in zip(batch["labels"], documents, strict=True)] == alone
+
+
+def test_sentences_are_shorter_than_paragraphs():
+    lengths = [
+        [len(ids) for ids in draw_documents(None, 2000, 40, 512, kind="wordpiece", are_sentences=are_sentences)]
+        for are_sentences in (False, True)
+    ]
+    assert sum(lengths[1]) < 0.7 * sum(lengths[0])
+
+
 def test_results_are_written_whole(tmp_path):
     result = result_of(contender("stock", 3.0), contender("ours", 1.0), group="share of padding")
     write(result, tmp_path, "train-tiny")
@@ -182,7 +219,8 @@ def test_every_benchmark_has_rows(device):
     "argv, message",
     [
         (["train", "--rounds", "4"], "--rounds is 4"),
-        (["train", "--preset", "gpt3"], "--preset 'gpt3' is unknown"),
+        (["train", "--preset", "gpt3"], "--preset 'gpt3' is unknown to train"),
+        (["mlm", "--preset", "gpt2"], "--preset 'gpt2' is unknown to mlm"),
         (["decode", "--sweep"], "--sweep draws training"),
         (["loss", "--only", "nothing"], "no row's title contains 'nothing'"),
     ],

@@ -10,6 +10,10 @@ Examples:
   # on your own text, a smaller model, more rounds
   python -m training.benchmarks train --preset gpt2-mini --data my_texts/ --rounds 9
 
+  # masked language modelling with BERT-base, and its states of sentences
+  python -m training.benchmarks mlm
+  python -m training.benchmarks sentences
+
   # generation, hidden states, the loss alone
   python -m training.benchmarks decode
   python -m training.benchmarks encode
@@ -32,7 +36,7 @@ from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
 from hf_custom.presets import PRESETS, preset_config
 from training.args import user_errors
@@ -41,7 +45,20 @@ from training.benchmarks.measure import machine
 from training.benchmarks.report import plot_sweeps, table, write
 from training.benchmarks.texts import batches, draw_documents, full_documents, shorten
 
-NAMES = ("train", "encode", "decode", "loss")
+# Preset by benchmark, whose family it measures.
+NAMES = {
+    "train": "gpt2",
+    "encode": "gpt2",
+    "decode": "gpt2",
+    "loss": "gpt2",
+    "mlm": "bert-base",
+    "sentences": "bert-base",
+}
+# Stock configuration and class, and the kind of tokenizer, by family.
+FAMILIES = {
+    "custom_gpt2": (GPT2Config, GPT2LMHeadModel, "bpe"),
+    "custom_bert": (BertConfig, BertForMaskedLM, "wordpiece"),
+}
 # Largest difference between contenders, relative to the largest value: of float32, and of products in bfloat16.
 TOLERANCES = {False: 1e-4, True: 3e-2}
 
@@ -100,14 +117,15 @@ def disagreement(path: str, other: str, tolerance: float) -> str | None:
     return None
 
 
-def draw(comparison: Comparison, data: str | None, vocab_size: int) -> list[list[int]]:
-    """The documents of a comparison."""
+def draw(comparison: Comparison, data: str | None, vocab_size: int, kind: str) -> list[list[int]]:
+    """The documents of a comparison, by a tokenizer of `kind`."""
     shape = comparison.shape
     count = shape["batch_size"] * shape["batches"]
     if "length" in shape:
-        documents = full_documents(data, vocab_size, count, shape["length"])
+        documents = full_documents(data, vocab_size, count, shape["length"], kind=kind)
         return shorten(documents, shape.get("padding", 0))
-    return draw_documents(data, vocab_size, count, shape["max_length"])
+    are_sentences = shape.get("sentences", False)
+    return draw_documents(data, vocab_size, count, shape["max_length"], kind=kind, are_sentences=are_sentences)
 
 
 def run(comparison: Comparison, name: str, args: argparse.Namespace, folder: Path, config: dict) -> dict:
@@ -118,7 +136,7 @@ def run(comparison: Comparison, name: str, args: argparse.Namespace, folder: Pat
         spec["vocab_size"] = config["vocab_size"]
         facts["tokens"] = spec["rows"]
     else:
-        documents = draw(comparison, args.data, config["vocab_size"])
+        documents = draw(comparison, args.data, config["vocab_size"], config["tokenizer"])
         (folder / "documents.json").write_text(json.dumps(documents))
         spec["documents"] = str(folder / "documents.json")
         made = batches(documents, spec["batch_size"])
@@ -182,7 +200,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("name", choices=NAMES)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--preset", default="gpt2", help="size of the model (default: gpt2, 124M)")
+    parser.add_argument("--preset", help="size of the model (default: gpt2, 124M, or bert-base, 110M)")
     parser.add_argument("--data", help="folder of .txt files to take lengths and ids from; else the embedded corpus")
     parser.add_argument("--rounds", type=int, default=5, help="rounds that count, at least 5")
     parser.add_argument("--only", help="measure the rows whose title contains this")
@@ -195,8 +213,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise ValueError(f"--rounds is {args.rounds}, but a median of fewer than 5 says little. Pass 5 or more.")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device is cuda but torch sees no GPU. Install a CUDA build of torch, or pass --device cpu.")
-    if args.preset not in PRESETS:
-        raise ValueError(f"--preset {args.preset!r} is unknown. Use one of {', '.join(PRESETS)}.")
+    default = NAMES[args.name]
+    args.preset = args.preset or default
+    family = [name for name, (config_class, _) in PRESETS.items() if config_class is PRESETS[default][0]]
+    if args.preset not in family:
+        raise ValueError(f"--preset {args.preset!r} is unknown to {args.name}. Use one of {', '.join(family)}.")
     if args.sweep and args.name != "train":
         raise ValueError("--sweep draws training. Write `python -m training.benchmarks train --sweep`.")
     return args
@@ -205,17 +226,25 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     with user_errors():
         args = parse(argv)
-        config = preset_config(args.preset).to_diff_dict()
+        preset = preset_config(args.preset)
         groups = sweeps(args.device) if args.sweep else {"": comparisons(args.name, args.device)}
         rows = [(group, row) for group, members in groups.items() for row in members if (args.only or "") in row.title]
         if not rows:
             raise ValueError(f"no row's title contains {args.only!r}.")
     result = {"name": args.name, "preset": args.preset, "machine": machine(args.device)}
-    stock_config = GPT2Config(**{key: value for key, value in config.items() if hasattr(GPT2Config(), key)})
-    result["config"] = {key: getattr(stock_config, key) for key in ("n_layer", "n_embd", "vocab_size", "n_positions")}
+    config_class, model_class, tokenizer = FAMILIES[preset.model_type]
+    known = config_class()
+    stock_config = config_class(**{key: value for key, value in preset.to_diff_dict().items() if hasattr(known, key)})
+    result["config"] = {
+        "n_layer": stock_config.num_hidden_layers,
+        "n_embd": stock_config.hidden_size,
+        "vocab_size": stock_config.vocab_size,
+        "n_positions": stock_config.max_position_embeddings,
+        "tokenizer": tokenizer,
+    }
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
-        GPT2LMHeadModel(stock_config).save_pretrained(Path(folder) / "model")
+        model_class(stock_config).save_pretrained(Path(folder) / "model")
         result["rows"] = []
         for group, comparison in rows:
             row = {"group": group, **run(comparison, args.name, args, Path(folder), result["config"])}

@@ -23,11 +23,8 @@ class Setting:
         return ", ".join(words)
 
     def spec(self) -> dict:
-        dropout = (
-            {} if self.dropout is None else dict.fromkeys(("attn_pdrop", "resid_pdrop", "embd_pdrop"), self.dropout)
-        )
         generate = {"cache_implementation": "static"} if self.static_cache else {}
-        return {**asdict(self), "config": dropout, "generate": generate}
+        return {**asdict(self), "generate": generate}
 
 
 STOCK, OURS = Setting("stock"), Setting("ours")
@@ -38,8 +35,8 @@ class Comparison:
     """One row: ours against stock settings, the first of which is the plain one.
 
     Attributes:
-        shape: what the workload needs: batch_size, batches and max_length (real lengths), length (all rows full),
-            padding (share of a batch), new_tokens, or rows.
+        shape: what the workload needs: batch_size, batches and max_length (real lengths, of paragraphs or, as
+            `sentences`, of those), length (all rows full), padding (share of a batch), new_tokens, or rows.
     """
 
     title: str
@@ -73,16 +70,17 @@ def _train(batch_size: int, max_length: int, length: int) -> list[Comparison]:
 def comparisons(name: str, device: str) -> list[Comparison]:
     """The rows of the benchmark `name`, of a size that fits the device."""
     is_gpu = device == "cuda"
-    if name == "train":
-        rows = _train(64, 1024, 1024) if is_gpu else _train(8, 256, 512)
-        return [row for row in rows if row.ours.bf16 or not is_gpu] + (_gpu_train() if is_gpu else [])
+    if name in ("train", "mlm"):
+        length = 1024 if name == "train" else 512
+        rows = _train(64, length, length) if is_gpu else _train(8, 256, 512)
+        return [row for row in rows if row.ours.bf16 or not is_gpu] + (_gpu_train(length) if is_gpu else [])
+    if name == "sentences":
+        return _encode(
+            {"batch_size": 256 if is_gpu else 32, "batches": 4, "max_length": 128, "sentences": True}, is_gpu
+        )
     if name == "encode":
-        shape = {"batch_size": 64 if is_gpu else 8, "batches": 4, "max_length": 1024 if is_gpu else 256}
-        half = Setting("ours", bf16=True), (Setting("stock", bf16=True), Setting("stock", bf16=True, compile=True))
-        rows = [Comparison("real lengths, bf16", *half, shape)]
-        if not is_gpu:
-            rows.insert(0, Comparison("real lengths", OURS, (STOCK,), shape))
-        return rows
+        length = 1024 if is_gpu else 256
+        return _encode({"batch_size": 64 if is_gpu else 8, "batches": 4, "max_length": length}, is_gpu)
     if name == "decode":
         one = {"batch_size": 1, "batches": 1, "length": 16, "new_tokens": 128}
         several = {"batch_size": 4, "batches": 1, "length": 16, "new_tokens": 128}
@@ -103,12 +101,18 @@ def comparisons(name: str, device: str) -> list[Comparison]:
     ]
 
 
-def _gpu_train() -> list[Comparison]:
-    full = {"batch_size": 64, "batches": 1, "length": 1024}
+def _encode(shape: dict, is_gpu: bool) -> list[Comparison]:
+    half = Setting("ours", bf16=True), (Setting("stock", bf16=True), Setting("stock", bf16=True, compile=True))
+    rows = [] if is_gpu else [Comparison("real lengths", OURS, (STOCK,), shape)]
+    return [*rows, Comparison("real lengths, bf16", *half, shape)]
+
+
+def _gpu_train(length: int) -> list[Comparison]:
+    full = {"batch_size": 65536 // length, "batches": 1, "length": length}
     best = {"bf16": True, "dropout": 0.0}
     stock = (Setting("stock", **best), Setting("stock", **best, compile=True))
     return [
-        Comparison("no padding, T = 1024, bf16, batch 64", Setting("ours", **best), stock, full),
+        Comparison(f"no padding, T = {length}, bf16, batch {full['batch_size']}", Setting("ours", **best), stock, full),
         Comparison("the same, compiled", Setting("ours", **best, compile=True), stock, full),
     ]
 

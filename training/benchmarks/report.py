@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from training.benchmarks.texts import MASKED_SHARE
 from training.plots import plt
 
 HEADER = (
@@ -15,13 +16,29 @@ HEADER = (
     "ours is",
     "memory",
 )
+# Results in the README, in their order.
+SHOWN = (
+    ("train", "gpt2"),
+    ("encode", "gpt2"),
+    ("decode", "gpt2"),
+    ("loss", "gpt2"),
+    ("mlm", "bert-base"),
+    ("sentences", "bert-base"),
+)
 
 
-def flops_per_token(config: dict, length: float) -> float:
-    """Of a training step, backward pass included: 6 a weight of the blocks and the head, and attention's pairs."""
+def flops_per_token(config: dict, length: float, is_masked: bool = False, has_head: bool = True) -> float:
+    """Of a training step, backward pass included: 6 a weight of the blocks and the head, and attention's pairs.
+
+    Args:
+        is_masked: a token sees those after it as well, and the head reads the masked ones alone.
+    """
     width = config["n_embd"]
-    weights = 12 * config["n_layer"] * width**2 + config["vocab_size"] * width
-    return 6 * weights + 6 * config["n_layer"] * width * length
+    head = config["vocab_size"] * width
+    if is_masked:
+        head = MASKED_SHARE * (head + width**2)
+    weights = 12 * config["n_layer"] * width**2 + (head if has_head else 0)
+    return 6 * weights + (12 if is_masked else 6) * config["n_layer"] * width * length
 
 
 def share_of_machine(result: dict, row: dict, contender: dict) -> str:
@@ -36,9 +53,9 @@ def share_of_machine(result: dict, row: dict, contender: dict) -> str:
     if result["name"] == "loss":
         return f"{tokens * 6 * config['vocab_size'] * row['shape']['width'] / rate:.0%} of products"
     length = row["tokens"] / sum(batch[0] for batch in row["batch"])
-    flops = flops_per_token(config, length)
-    if result["name"] == "encode":
-        flops = (flops - 6 * config["vocab_size"] * config["n_embd"]) / 3
+    is_masked = result["name"] in ("mlm", "sentences")
+    is_training = result["name"] in ("train", "mlm")
+    flops = flops_per_token(config, length, is_masked, has_head=is_training) / (1 if is_training else 3)
     return f"{tokens * flops / rate:.0%} of products"
 
 
@@ -73,8 +90,8 @@ def table(result: dict) -> str:
 def summary(folder: Path, device: str) -> str:
     """The results of a device in one table, as the README shows it."""
     lines = ["| work | against | faster | memory |", "| --- | --- | --- | --- |"]
-    for name in ("train", "encode", "decode", "loss"):
-        path = folder / f"{name}-gpt2-{device}.json"
+    for name, preset in SHOWN:
+        path = folder / f"{name}-{preset}-{device}.json"
         result = json.loads(path.read_text(encoding="utf-8"))
         for row in result["rows"]:
             ours = row["contenders"][-1]
@@ -82,7 +99,7 @@ def summary(folder: Path, device: str) -> str:
             for contender in row["contenders"][:-1]:
                 if contender["disagreement"] is None:
                     ratio, memory = (contender[key] / ours[key] for key in ("seconds", "peak_memory"))
-                    work = f"{name}: {row['title']}{padding}"
+                    work = f"{preset} {name}: {row['title']}{padding}"
                     lines.append(f"| {work} | {contender['name']} | {ratio:.2f} x | {1 / memory:.2f} |")
     return "\n".join(lines)
 

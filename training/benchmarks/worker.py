@@ -13,16 +13,21 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from training.benchmarks.measure import memory_now, peak_memory, reset_peak, synchronize
 from training.benchmarks.texts import batches
+
+# The fields by which configurations name what `Setting.dropout` sets.
+DROPOUTS = ("attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout_prob", "attention_probs_dropout_prob")
 
 
 class Workload:
     """A model and the batches that it works on; `spec` is described in `contenders.py`."""
 
     auto_class = AutoModelForCausalLM
+    # Of a masked language model.
+    mask_token_id = None
 
     def __init__(self, spec: dict):
         self.spec, self.device = spec, spec["device"]
@@ -35,13 +40,20 @@ class Workload:
         self.build()
 
     def build(self) -> None:
-        self.model = self.auto_class.from_pretrained(self.spec["checkpoint"], **self.setting["config"]).to(self.device)
+        config = AutoConfig.from_pretrained(self.spec["checkpoint"])
+        if self.setting["dropout"] is not None:
+            for name in DROPOUTS:
+                if hasattr(config, name):
+                    setattr(config, name, self.setting["dropout"])
+        self.model = self.auto_class.from_pretrained(self.spec["checkpoint"], config=config).to(self.device)
         if self.setting["compile"]:
             self.model.compile(dynamic=True)
         documents = json.loads(Path(self.spec["documents"]).read_text())
         self.batches = [
             {name: tensor.to(self.device) for name, tensor in batch.items()}
-            for batch in batches(documents, self.spec["batch_size"], self.setting["group_by_length"])
+            for batch in batches(
+                documents, self.spec["batch_size"], self.setting["group_by_length"], self.mask_token_id
+            )
         ]
 
     def autocast(self):
@@ -72,12 +84,16 @@ class Train(Workload):
             self.optimizer.step()
             self.optimizer.zero_grad()
 
+    def targets(self, batch):
+        """Which labels the loss counts."""
+        return batch["labels"][:, 1:] != -100
+
     def proof(self):
         """Mean loss over all tokens and the norm of its gradient, which no grouping of documents changes."""
         dropouts = [(module, module.p) for module in self.model.modules() if isinstance(module, nn.Dropout)]
         for module, _ in dropouts:
             module.p = 0.0
-        counts = [int((batch["labels"][:, 1:] != -100).sum()) for batch in self.batches]
+        counts = [int(self.targets(batch).sum()) for batch in self.batches]
         total = 0.0
         for batch, count in zip(self.batches, counts, strict=True):
             with self.autocast():
@@ -89,6 +105,17 @@ class Train(Workload):
         for module, p in dropouts:
             module.p = p
         return {"loss": total.float(), "gradient norm": norm}
+
+
+class TrainMasked(Train):
+    """The same of a masked language model."""
+
+    auto_class = AutoModelForMaskedLM
+    # Of the tokenizers that are trained here.
+    mask_token_id = 4
+
+    def targets(self, batch):
+        return batch["labels"] != -100
 
 
 class Encode(Workload):
@@ -177,7 +204,14 @@ class Loss(Workload):
         }
 
 
-WORKLOADS = {"train": Train, "encode": Encode, "decode": Decode, "loss": Loss}
+WORKLOADS = {
+    "train": Train,
+    "mlm": TrainMasked,
+    "encode": Encode,
+    "sentences": Encode,
+    "decode": Decode,
+    "loss": Loss,
+}
 
 
 def answer(workload: Workload, command: str, spec: dict) -> dict:
