@@ -87,6 +87,13 @@ class CustomBertConfig(CustomConfig):
         """Dropout before a classifier."""
         return self.hidden_dropout_prob if self.classifier_dropout is None else self.classifier_dropout
 
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        # The host would leave a dictionary that was passed to `from_pretrained` as it is.
+        if isinstance(kwargs.get("vision_config"), dict):
+            config_dict = {**config_dict, "vision_config": kwargs.pop("vision_config")}
+        return super().from_dict(config_dict, **kwargs)
+
     def validate_architecture(self):
         super().validate_architecture()
         self._check_size("type_vocab_size", self.type_vocab_size, SIZE_LIMITS["vocab_size"])

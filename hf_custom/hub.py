@@ -35,7 +35,6 @@ TASKS = {
     "ForQuestionAnswering": "question-answering",
     "ForMultipleChoice": "multiple-choice",
     "ForImageClassification": "image-classification",
-    "ForImageTextRetrieval": "zero-shot-image-classification",
 }
 
 # Runs where the package cannot be imported; prints nothing unless something is wrong.
@@ -51,7 +50,7 @@ else:
 import torch
 import transformers
 from safetensors.torch import load_file
-folder, tensors, auto_class = sys.argv[1:]
+folder, tensors, reference = sys.argv[1:]
 saved = load_file(tensors)
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -72,10 +71,16 @@ def code_sha256(folder: str | Path) -> str:
     return digest.hexdigest()
 
 
-def _auto_class_of(model: PreTrainedModel) -> str:
-    """The Auto class that gives the model's own class, the most particular one where several do."""
+def _auto_class_of(model: PreTrainedModel) -> str | None:
+    """The Auto class that gives the model's own class, the most particular one where several do; `None` without any."""
     name = type(model).__name__
-    return [auto for auto, reference in model.config.auto_classes.items() if reference.endswith(f".{name}")][-1]
+    found = [auto for auto, reference in model.config.auto_classes.items() if reference.endswith(f".{name}")]
+    return found[-1] if found else None
+
+
+def _reference_of(model: PreTrainedModel) -> str:
+    """The model's class as `file.Class`, by which the host finds it in a folder with code."""
+    return f"{type(model).__module__.split('.')[-1]}.{type(model).__name__}"
 
 
 def render_card(
@@ -130,6 +135,7 @@ def render_card(
         title=name,
         prose=(_CARDS / f"{family}.md").read_text(encoding="utf-8").strip(),
         auto_class=_auto_class_of(model),
+        reference=_reference_of(model),
         class_name=class_name,
         parameters=f"{model.num_parameters():,}",
         data_description=data,

@@ -202,11 +202,9 @@ class CustomBertMultiHeadAttention(nn.Module):
             return partial(relative_position_scores, **options)
         query_positions = key_positions = position_ids
         if columns is not None:
-            # The positions of what is cached are not known any more; columns have the same differences. Keys that the
-            # table does not reach are padding or empty slots, hidden by the mask.
-            reach = self.config.max_position_embeddings - 1
-            keys = torch.arange(key.shape[2], device=key.device).clamp(columns[-1] - reach, columns[0] + reach)
-            query_positions, key_positions = columns.unsqueeze(0), keys.unsqueeze(0)
+            # The positions of what is cached are not known any more; columns have the same differences.
+            query_positions = columns.unsqueeze(0)
+            key_positions = torch.arange(key.shape[2], device=key.device).unsqueeze(0)
         return relative_position_scores(query, key, query_positions, key_positions, **options)
 
 
@@ -438,12 +436,14 @@ class CustomBertModel(CustomBertPreTrainedModel):
         if position_ids is None:
             position_ids = self._count_positions(tokens, attention_mask, past_key_values)
         if config.position_embedding_type not in ("sinusoidal", "rope"):
-            check_positions(position_ids, config.max_position_embeddings, "max_position_embeddings")
+            # Patches have positions of their own; only distances reach from them to the text.
+            looked_up = position_ids[:, : shape[1]] if config.position_embedding_type == "absolute" else position_ids
+            check_positions(looked_up, config.max_position_embeddings, "max_position_embeddings")
         encoder_lengths = None
         if config.vision_config is not None:
             # Text and patches are joined before padding is left out.
             text = self.embeddings(input_ids, inputs_embeds, token_type_ids, position_ids[:, : shape[1]])
-            input_ids, inputs_embeds = None, self.embeddings.join(text, patches)
+            input_ids, token_type_ids, inputs_embeds = None, None, self.embeddings.join(text, patches)
         if packing is not None:
             input_ids, inputs_embeds, token_type_ids, position_ids = (
                 packing.unpad(batch) for batch in (input_ids, inputs_embeds, token_type_ids, position_ids)

@@ -483,9 +483,10 @@ class CustomBertForMultipleChoice(CustomBertPreTrainedHead):
         **kwargs: Unpack[TransformersKwargs],
     ) -> MultipleChoiceModelOutput:
         """Compute scores (B, C) of C choices, whose inputs are (B, C, T), and the loss of `labels` (B,)."""
-        *lead, num_choices, _ = input_shape(input_ids, inputs_embeds)
-        if not lead:
+        shape = input_shape(input_ids, inputs_embeds)
+        if len(shape) < 3:
             raise ValueError("the input needs an axis of choices: (batch, choices, length).")
+        *lead, num_choices, _ = shape
         if labels is not None:
             check_labels(labels, lead, num_choices, "labels", "number of choices")
         input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds = (

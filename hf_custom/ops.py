@@ -110,9 +110,11 @@ def relative_position_scores(
     Args:
         query: (B, H, T, K); `key`: (B, H, S, K).
         query_positions: (B, T) or (1, T); `key_positions`: (B, S) or (1, S).
-        distances: (2 · M - 1, K), a vector for each distance from -(M - 1) to M - 1.
+        distances: (2 · M - 1, K), a vector for each distance from -(M - 1) to M - 1; farther ones have the last.
     """
     index = query_positions[:, :, None] - key_positions[:, None, :] + len(distances) // 2  # (B, T, S)
+    # Where columns stand for positions, padding and the empty slots of a cache may be farther; masks hide them.
+    index = index.clamp(0, len(distances) - 1)
     if index.device.type == "cpu" and not is_traced():
         # Of a table for long texts, short ones need the middle.
         low, high = (int(bound) for bound in torch.aminmax(index))

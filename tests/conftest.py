@@ -1,6 +1,8 @@
 """Environment of every test: offline, one thread, seeded; the folder of real data for those marked `data`."""
 
+import logging
 import os
+import warnings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -15,6 +17,8 @@ import hf_custom  # noqa: E402, F401 - registers the classes
 # One thread: the models are tiny, and threads that wait for each other cost more than they compute.
 torch.set_num_threads(1)
 transformers.logging.disable_progress_bar()
+# What the host says reaches `caplog`.
+transformers.logging.enable_propagation()
 
 
 def pytest_addoption(parser):
@@ -24,6 +28,20 @@ def pytest_addoption(parser):
 @pytest.fixture(autouse=True)
 def _seed():
     transformers.set_seed(0)
+
+
+@pytest.fixture
+def records():
+    """What the host logs at warning or above while the test runs, Python's warnings being errors."""
+    found = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: found.append(record.getMessage())
+    logger = logging.getLogger("transformers")
+    logger.addHandler(handler)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield found
+    logger.removeHandler(handler)
 
 
 @pytest.fixture

@@ -20,23 +20,29 @@ def allowed_keys(query_length: int, padding_mask: torch.Tensor, is_causal: bool 
     return allowed
 
 
-def attention(query, key, value, allowed, scaling) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output (B, T, H, K) and weights (B, H, T, S); a query that may attend to nothing gets zeros."""
+def attention(query, key, value, allowed, scaling, bias=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output (B, T, H, K) and weights (B, H, T, S); a query that may attend to nothing gets zeros.
+
+    Args:
+        bias: (B, H, T, S), added to the scores.
+    """
     query, key, value = query.double(), key.double(), value.double()
     batch, heads, length, _ = query.shape
+    if bias is None:
+        bias = torch.zeros(batch, heads, length, key.shape[2])
     outputs, weights = [], []
     for b in range(batch):
         for h in range(heads):
             for t in range(length):
-                row = _attend_once(query[b, h, t], key[b, h], allowed[b, t], scaling)
+                row = _attend_once(query[b, h, t], key[b, h], allowed[b, t], scaling, bias[b, h, t])
                 weights.append(row)
                 outputs.append(sum(row[s] * value[b, h, s] for s in range(len(row))))
     output = torch.stack(outputs).view(batch, heads, length, -1).transpose(1, 2)
     return output, torch.stack(weights).view(batch, heads, length, -1)
 
 
-def _attend_once(query, keys, allowed, scaling):
-    scores = [query @ keys[s] * scaling for s in range(len(keys))]
+def _attend_once(query, keys, allowed, scaling, bias):
+    scores = [query @ keys[s] * scaling + bias[s] for s in range(len(keys))]
     highest = max((score.item() for score, is_allowed in zip(scores, allowed, strict=True) if is_allowed), default=0.0)
     powers = [
         (score - highest).exp() if is_allowed else score * 0.0
@@ -75,6 +81,26 @@ def rotate(states: torch.Tensor, position_ids: torch.Tensor, theta: float) -> to
                 rows += [x[i] * math.cos(angles[i]) - x[i + half] * math.sin(angles[i]) for i in range(half)]
                 rows += [x[i] * math.sin(angles[i]) + x[i + half] * math.cos(angles[i]) for i in range(half)]
     return torch.stack(rows).view(batch, heads, length, size)
+
+
+def relative_scores(query, key, query_positions, key_positions, distances, has_key_term, scaling) -> torch.Tensor:
+    """What the vectors `distances` (2 M - 1, K) of the distances from -(M - 1) to M - 1 add to the scores (B, H, T, S).
+
+    Shaw et al. 2018, equation 5: (q_i · k_j + q_i · a_ij) / sqrt(K), of which this is the second term; Huang et al.
+    2020, method 4 (equation 13), adds k_j · a_ij to the numerator. Farther distances count as M - 1 (Shaw, equation 6).
+    """
+    query, key, distances = query.double(), key.double(), distances.double()
+    batch, heads, length, _ = query.shape
+    middle, scores = len(distances) // 2, []
+    for b in range(batch):
+        for h in range(heads):
+            for i in range(length):
+                for j in range(key.shape[2]):
+                    distance = query_positions[b, i].item() - key_positions[b, j].item()
+                    a_ij = distances[middle + max(-middle, min(middle, distance))]
+                    score = query[b, h, i] @ a_ij + (key[b, h, j] @ a_ij if has_key_term else 0.0)
+                    scores.append(score * scaling)
+    return torch.stack(scores).view(batch, heads, length, -1)
 
 
 def gelu_new(x: torch.Tensor) -> torch.Tensor:
@@ -232,14 +258,18 @@ def at_real_positions(output: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def real_outputs(model: torch.nn.Module, inputs: dict, **kwargs) -> dict[str, torch.Tensor]:
-    """The model's output tensors by name at the real positions of `inputs`, and tuples of them as `name.index`."""
-    found = {}
+    """The model's output tensors by name at the real positions of `inputs`, and tuples of them as `name.index`.
+
+    With an image an output is of the text or of text and patches, all of which are real.
+    """
+    found, mask = {}, inputs["attention_mask"]
     for name, output in model(**inputs, **kwargs).items():
-        if isinstance(output, torch.Tensor):
-            found[name] = at_real_positions(output, inputs["attention_mask"])
-        elif isinstance(output, tuple):
-            for i, item in enumerate(output):
-                found[f"{name}.{i}"] = at_real_positions(item, inputs["attention_mask"])
+        items = enumerate(output) if isinstance(output, tuple) else [("", output)]
+        for i, item in items:
+            if isinstance(item, torch.Tensor):
+                num_patches = item.shape[-2] - mask.shape[-1] if "pixel_values" in inputs and item.ndim > 2 else 0
+                joined = torch.nn.functional.pad(mask, (0, max(num_patches, 0)), value=1)
+                found[f"{name}.{i}" if i != "" else name] = at_real_positions(item, joined)
     return found
 
 

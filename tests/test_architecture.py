@@ -28,7 +28,12 @@ LEVELS = [
 ]
 CONFIGURATION, MODELING = 4, 5
 # Imports allowed within a level: (importer, imported).
-SIBLINGS = [("configuration_*", "configuration_base"), ("modeling_*", "modeling_*"), ("processing_*", "processing_*")]
+SIBLINGS = [
+    ("configuration_*", "configuration_base"),
+    ("configuration_bert", "configuration_blip2"),
+    ("modeling_*", "modeling_*"),
+    ("processing_*", "processing_*"),
+]
 # What may stand in a folder on the Hub; a configuration is read where torch is not installed.
 SHIPPED_REQUIREMENTS = {"torch", "transformers", "huggingface_hub"}
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 800, 90

@@ -8,7 +8,7 @@ import pytest
 import reference
 import torch
 from reference import assert_gradients_near, assert_near, assert_outputs_near, gradients_of, real_outputs, weighted_sum
-from tiny import MODELS, OPTIONS, name_of
+from tiny import MODELS, name_of
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -113,11 +113,7 @@ def test_upcast_leaves_flash_kernels_alone():
 # --- Implementations, through the models ---
 
 
-CASES = [
-    pytest.param(row, option, id=f"{row.name}-{name_of(option)}")
-    for row in MODELS
-    for option in OPTIONS[row.config_class]
-]
+CASES = [pytest.param(row, option, id=f"{row.name}-{name_of(option)}") for row in MODELS for option in row.options]
 
 
 @pytest.mark.parametrize("padding", PADDINGS)

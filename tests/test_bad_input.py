@@ -4,11 +4,11 @@ import tracemalloc
 
 import pytest
 import torch
-from tiny import GPT2, LABELS, MODELS, VOCAB, name_of
+from tiny import BERT, BERT_WITH_IMAGES, GPT2, LABELS, MODELS, VISION, VOCAB, name_of
 from torch.overrides import TorchFunctionMode
-from transformers import GPT2Config
+from transformers import BertConfig, Blip2VisionConfig, GPT2Config
 
-from hf_custom import CustomGPT2Config
+from hf_custom import CustomBertConfig, CustomBlip2VisionConfig, CustomBlip2VisionModel, CustomGPT2Config
 
 ROWS = {row.name.removeprefix("CustomGPT2"): row for row in MODELS}
 LM, SEQUENCE, TOKEN, QA, CHOICE = (
@@ -241,6 +241,88 @@ FORWARD |= {
     ),
 }
 
+# --- BERT ---
+
+BERT_MODEL, BERT_LM, MASKED = "CustomBertModel", "CustomBertForCausalLM", "CustomBertForMaskedLM"
+BERT_CHOICE = "CustomBertForMultipleChoice"
+BERT_TOO_LONG = ("`max_position_embeddings` is 64", "Truncate", "position_embedding_type='rope'", "row 0")
+BERT_ENCODER = {"encoder_hidden_states": torch.zeros(3, 6, BERT["hidden_size"])}
+FORWARD |= {
+    "BERT too long": (call(BERT_MODEL, ids(2, 65)), ValueError, BERT_TOO_LONG),
+    "BERT too long, relative": (
+        call(BERT_MODEL, ids(2, 65), fields={"position_embedding_type": "relative_key"}),
+        ValueError,
+        BERT_TOO_LONG,
+    ),
+    "BERT id beyond": (call(BERT_MODEL, ids_with(VOCAB, 1)), ValueError, ("in row 1", *VOCABULARY)),
+    "BERT token type beyond": (
+        call(BERT_MODEL, ids(3, 5), token_type_ids=ids_with(3, 1)),
+        ValueError,
+        ("`token_type_ids` holds 3 in row 1", "`type_vocab_size` is 3", "from 0 to 2", "leave them out"),
+    ),
+    "BERT token type negative": (
+        call(BERT_MODEL, ids(3, 5), token_type_ids=ids_with(-1, 2)),
+        ValueError,
+        ("`token_type_ids` holds -1 in row 2",),
+    ),
+    "BERT mask of other columns": (
+        call(BERT_MODEL, ids(3, 5), attention_mask=ones(3, 4)),
+        ValueError,
+        ("(3, 4)", "(3, 5)", "tokenizer"),
+    ),
+    "BERT input of one row": (call(BERT_MODEL, ids(5)), ValueError, ("shape (5,)", "(batch, length)")),
+    "BERT input of choices": (call(BERT_MODEL, ids(3, 2, 5)), ValueError, ("(3, 2, 5)", "Flatten the leading axes")),
+    "BERT choices without an axis": (call(BERT_CHOICE, ids(5, 2)), ValueError, ("axis of choices", "(batch, choices")),
+    "BERT choices of one row": (call(BERT_CHOICE, ids(5)), ValueError, ("axis of choices", "(batch, choices")),
+    "BERT no cross attention": (
+        call(BERT_LM, ids(3, 5), **BERT_ENCODER),
+        ValueError,
+        ("`encoder_hidden_states`", "`add_cross_attention=True`"),
+    ),
+    "BERT encoder mask of other columns": (
+        call(
+            BERT_LM, ids(3, 5), fields={"add_cross_attention": True}, encoder_attention_mask=ones(3, 5), **BERT_ENCODER
+        ),
+        ValueError,
+        ("`encoder_attention_mask`", "(3, 5)", "(3, 6)"),
+    ),
+}
+BERT_LABELS = {
+    MASKED: (ids(3, 5), "labels", (3, 5), VOCAB, "`vocab_size` is 99"),
+    BERT_LM: (ids(3, 5), "labels", (3, 5), VOCAB, "`vocab_size` is 99"),
+    BERT_CHOICE: (ids(3, 2, 5), "labels", (3,), 2, "`number of choices` is 2"),
+    "CustomBertForPreTraining": (ids(3, 5), "next_sentence_label", (3,), 2, "`number of relationships` is 2"),
+    "CustomBertForNextSentencePrediction": (ids(3, 5), "labels", (3,), 2, "`number of relationships` is 2"),
+    "CustomBertForTokenClassification": (ids(3, 5), "labels", (3, 5), LABELS, "`num_labels` is 3"),
+    "CustomBertForSequenceClassification": (ids(3, 5), "labels", (3,), LABELS, "`num_labels` is 3"),
+    "CustomBertForImageTextRetrieval": (ids(3, 5), "labels", (3,), 2, "`number of classes` is 2"),
+}
+for head, (input_ids, name, shape, classes, says) in BERT_LABELS.items():
+    FORWARD |= {
+        f"{head} {name} {what}": (call(head, input_ids, **{name: labels}), ValueError, (f"`{name}`", *words))
+        for what, labels, words in [
+            ("beyond", ids_with(classes, 1, shape), (f"holds {classes} in row 1", says, *LABEL)),
+            ("negative", ids_with(-1, 2, shape), ("holds -1 in row 2", says, *LABEL)),
+            ("of other rows", ids(2, *shape[1:]), (str((2, *shape[1:])), str(shape))),
+        ]
+    }
+FORWARD |= {
+    f"BERT {name} {what}": (
+        call(
+            "CustomBertForQuestionAnswering",
+            ids(3, 5),
+            **{"start_positions": ids(3), "end_positions": ids(3), name: positions},
+        ),
+        ValueError,
+        (f"`{name}`", *words),
+    )
+    for name in ("start_positions", "end_positions")
+    for what, positions, words in [
+        ("of other rows", ids(2), ("(2,)", "(3,)")),
+        ("negative", ids_with(-1, 2, (3,)), ("-1 in row 2",)),
+    ]
+}
+
 
 def assert_refused(run, error, words):
     with pytest.raises(error) as caught:
@@ -288,8 +370,54 @@ CONFIGS = [
     ({"loss_chunk_size": 0}, ValueError, ("`loss_chunk_size` is 0", "from 1")),
     ({"loss_chunk_size": -1}, ValueError, ("`loss_chunk_size` is -1", "from 1")),
 ]
+BERT_CONFIGS = [
+    ({"num_attention_heads": 5}, ValueError, ("`num_attention_heads` (5)", "`hidden_size` (32)", "for instance 4")),
+    ({"position_embedding_type": "learned"}, ValueError, ("`position_embedding_type`", "'learned'", "'relative_key'")),
+    ({"num_attention_heads": 32, "position_embedding_type": "rope"}, ValueError, ("even", "it is 1")),
+    (
+        {"hidden_size": 33, "num_attention_heads": 3, "position_embedding_type": "sinusoidal"},
+        ValueError,
+        ("`hidden_size` (33)", "even"),
+    ),
+    ({"num_hidden_layers": 0}, ValueError, ("`num_hidden_layers` is 0", "from 1")),
+    ({"type_vocab_size": 0}, ValueError, ("`type_vocab_size` is 0", "from 1")),
+    ({"classifier_hidden_size": 0}, ValueError, ("`classifier_hidden_size` is 0", "from 1")),
+    ({"loss_chunk_size": 0}, ValueError, ("`loss_chunk_size` is 0", "from 1")),
+    ({"intermediate_size": 10**12}, ValueError, ("`intermediate_size` is 1000000000000",)),
+    ({"hidden_dropout_prob": 1.5}, ValueError, ("`hidden_dropout_prob` is 1.5", "between 0 and 1")),
+    ({"attention_probs_dropout_prob": -1}, ValueError, ("`attention_probs_dropout_prob` is -1", "between 0 and 1")),
+    ({"classifier_dropout": 2}, ValueError, ("`classifier_dropout` is 2", "between 0 and 1")),
+    ({"layer_norm_eps": 0.0}, ValueError, ("`layer_norm_eps` is 0.0", "greater than 0")),
+    ({"rope_theta": 0}, ValueError, ("`rope_theta` is 0", "greater than 0")),
+    ({"add_cross_attention": True}, ValueError, ("`add_cross_attention`", "Set `is_decoder=True`")),
+]
+TOWER_CONFIGS = [
+    ({"num_attention_heads": 5}, ValueError, ("`num_attention_heads` (5)", "`hidden_size` (24)", "for instance 4")),
+    ({"num_hidden_layers": -1}, ValueError, ("`num_hidden_layers` is -1", "from 0")),
+    ({"patch_size": 5}, ValueError, ("`patch_size` (5)", "`image_size`", "no patch")),
+    ({"image_size": (8, 12, 3)}, Exception, ("image_size",)),
+    ({"image_size": 0}, ValueError, ("`image_size` is 0", "from 1")),
+    ({"patch_size": 0}, ValueError, ("`patch_size` is 0", "from 1")),
+    ({"image_size": 10**9}, ValueError, ("`image_size` is 1000000000",)),
+    ({"attention_dropout": 1.5}, ValueError, ("`attention_dropout` is 1.5", "between 0 and 1")),
+    ({"initializer_range": 0.0}, ValueError, ("`initializer_range` is 0.0", "greater than 0")),
+]
+# (configuration, its tiny fields, the model, what to change, exception, words of its message).
+EVERY_CONFIG = [
+    (config_class, base, model_class, *row)
+    for config_class, base, model_class, rows in [
+        (CustomGPT2Config, GPT2, ROWS[LM].model_class, CONFIGS),
+        (CustomBertConfig, BERT, ROWS[MASKED].model_class, BERT_CONFIGS),
+        (CustomBlip2VisionConfig, VISION, CustomBlip2VisionModel, TOWER_CONFIGS),
+    ]
+    for row in rows
+]
 # The host builds a label map of that length: long enough to show were it built, not to exhaust the machine.
-ONLY_AT_CONSTRUCTION = [({"num_labels": 2 * 10**6}, ValueError, ("`num_labels` is 2000000",))]
+ONLY_AT_CONSTRUCTION = [
+    (CustomGPT2Config, GPT2, None, {"num_labels": 2 * 10**6}, ValueError, ("`num_labels` is 2000000",)),
+    (CustomBertConfig, BERT_WITH_IMAGES, None, {"is_decoder": True}, ValueError, ("`vision_config`", "`is_decoder`")),
+]
+each_config = ("config_class", "base", "model_class", "fields", "error", "words")
 ONE_MEGABYTE = 2**20
 
 
@@ -304,19 +432,19 @@ def assert_refused_empty_handed(run, error, words):
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize(("fields", "error", "words"), CONFIGS + ONLY_AT_CONSTRUCTION, ids=name_of)
-def test_bad_configuration_is_refused_before_memory_is_taken(fields, error, words):
-    assert_refused_empty_handed(lambda: CustomGPT2Config(**{**GPT2, **fields}), error, words)
+@pytest.mark.parametrize(each_config, EVERY_CONFIG + ONLY_AT_CONSTRUCTION)
+def test_bad_configuration_is_refused_before_memory_is_taken(config_class, base, model_class, fields, error, words):
+    assert_refused_empty_handed(lambda: config_class(**{**base, **fields}), error, words)
 
 
-@pytest.mark.parametrize(("fields", "error", "words"), CONFIGS, ids=name_of)
-def test_field_changed_later_is_refused_before_memory_is_taken(fields, error, words):
-    config = CustomGPT2Config(**GPT2)
+@pytest.mark.parametrize(each_config, EVERY_CONFIG)
+def test_field_changed_later_is_refused_before_memory_is_taken(config_class, base, model_class, fields, error, words):
+    config = config_class(**base)
 
     def build():
         for name, value in fields.items():
             setattr(config, name, value)
-        ROWS[LM].model_class(config)
+        model_class(config)
 
     assert_refused_empty_handed(build, error, words)
 
@@ -326,6 +454,7 @@ def test_field_changed_later_is_refused_before_memory_is_taken(fields, error, wo
     [
         (LM, {"activation_function": "gelu_newer"}, ("`activation_function`", "'gelu_newer'", "'gelu_new'")),
         (LM, {"activation_function": "?"}, ("`activation_function`", "Known", "relu")),
+        (MASKED, {"hidden_act": "gelu_newer"}, ("`hidden_act`", "'gelu_newer'", "'gelu_new'")),
         (CHOICE, {"summary_activation": "tahn"}, ("`summary_activation`", "'tahn'", "'tanh'")),
         (CHOICE, {"summary_type": "attn"}, ("`summary_type='attn'`", "'cls_index'")),
     ],
@@ -336,8 +465,14 @@ def test_unknown_part_is_refused_by_the_model(head, fields, words):
 
 @pytest.mark.parametrize("row", MODELS, ids=name_of)
 def test_stock_configuration_is_refused_with_its_conversion(row):
-    words = (row.name, "GPT2Config", "from_dict(config.to_dict())")
-    assert_refused_empty_handed(lambda: row.model_class(GPT2Config()), TypeError, words)
+    stock = {CustomGPT2Config: GPT2Config, CustomBertConfig: BertConfig}[row.config_class]
+    words = (row.name, stock.__name__, "from_dict(config.to_dict())")
+    assert_refused_empty_handed(lambda: row.model_class(stock()), TypeError, words)
+
+
+def test_stock_configuration_of_the_tower_is_refused_with_its_conversion():
+    words = ("CustomBlip2VisionModel", "Blip2VisionConfig", "from_dict(config.to_dict())")
+    assert_refused_empty_handed(lambda: CustomBlip2VisionModel(Blip2VisionConfig()), TypeError, words)
 
 
 @pytest.mark.parametrize("row", MODELS, ids=name_of)

@@ -10,10 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassFieldValidationError
-from tiny import GPT2, VOCAB, widen
-from transformers import AutoConfig, GPT2Config, PreTrainedConfig, set_seed
+from tiny import BERT, GPT2, VISION, VOCAB, widen
+from transformers import AutoConfig, BertConfig, Blip2VisionConfig, GPT2Config, PreTrainedConfig, set_seed
 
 from hf_custom import (
+    CustomBertConfig,
+    CustomBertForCausalLM,
+    CustomBertForMaskedLM,
+    CustomBertForSequenceClassification,
+    CustomBertModel,
+    CustomBlip2VisionConfig,
+    CustomBlip2VisionModel,
     CustomGPT2Config,
     CustomGPT2DoubleHeadsModel,
     CustomGPT2ForCausalLM,
@@ -90,6 +97,71 @@ def generated_length(config):
     return wide_model(config).eval().generate(IDS[:1], max_new_tokens=5, do_sample=False).shape[-1]
 
 
+def bert_shapes(config):
+    return shapes(config, CustomBertForMaskedLM)
+
+
+def bert_logits(config):
+    return logits(config, CustomBertForMaskedLM)
+
+
+def bert_sequence_logits(config):
+    return logits(config, CustomBertForSequenceClassification)
+
+
+def bert_sequence_shapes(config):
+    return shapes(config, CustomBertForSequenceClassification)
+
+
+def bert_std(config):
+    set_seed(0)
+    return CustomBertModel(config).embeddings.position_embeddings.weight.std().item()
+
+
+def bert_padding_row(config):
+    """The word whose vector is zero at first and gets no gradient."""
+    set_seed(0)
+    return CustomBertModel(config).embeddings.word_embeddings.weight.square().sum(-1).argmin().item()
+
+
+def bert_largest_product(config):
+    """Rows of the largest product with the output weight, while the training loss is computed."""
+    rows = []
+    model = wide_model(config, CustomBertForMaskedLM).train()
+    model.cls.predictions.decoder.register_forward_hook(lambda module, inputs, output: rows.append(output.shape[0]))
+    model(IDS, labels=IDS).loss.backward()
+    return max(rows)
+
+
+def bert_has_cache(config):
+    return wide_model(config, CustomBertForCausalLM)(IDS).past_key_values is not None
+
+
+def bert_tokens_from_nothing(config):
+    return wide_model(config, CustomBertForCausalLM).eval().generate(max_new_tokens=2, do_sample=False).tolist()
+
+
+def bert_generated_length(config):
+    model = wide_model(config, CustomBertForCausalLM).eval()
+    return model.generate(IDS[:1], max_new_tokens=5, do_sample=False).shape[-1]
+
+
+def tower_shapes(config):
+    return shapes(config, CustomBlip2VisionModel)
+
+
+def tower_states(config):
+    """In training mode, so that dropout shows."""
+    model = wide_model(config, CustomBlip2VisionModel).train()
+    set_seed(1)
+    return model(torch.randn(2, 3, *config.image_shape)).last_hidden_state.tolist()
+
+
+def tower_std(config):
+    set_seed(0)
+    return CustomBlip2VisionModel(config).embeddings.position_embedding.std().item()
+
+
 @dataclass(frozen=True)
 class Effect:
     """A value that is not the default, what it changes, and the other fields it needs to do so."""
@@ -133,10 +205,56 @@ EFFECTS = {
         "rope_theta": Effect(50.0, logits, {"position_embedding_type": "rope"}),
         "classifier_dropout": Effect(0.5, token_logits),
         "loss_chunk_size": Effect(4, largest_product),
-    }
+    },
+    CustomBertConfig: {
+        "vocab_size": Effect(VOCAB + 5, bert_shapes),
+        "hidden_size": Effect(48, bert_shapes),
+        "num_hidden_layers": Effect(3, bert_shapes),
+        "num_attention_heads": Effect(2, bert_logits),
+        "intermediate_size": Effect(40, bert_shapes),
+        "hidden_act": Effect("relu", bert_logits),
+        "hidden_dropout_prob": Effect(0.5, bert_logits),
+        "attention_probs_dropout_prob": Effect(0.3, bert_logits),
+        "max_position_embeddings": Effect(48, bert_shapes),
+        "type_vocab_size": Effect(5, bert_shapes),
+        "initializer_range": Effect(0.5, bert_std),
+        "layer_norm_eps": Effect(0.2, bert_logits),
+        "pad_token_id": Effect(7, bert_padding_row),
+        "use_cache": Effect(False, bert_has_cache, {"is_decoder": True}),
+        "classifier_dropout": Effect(0.5, bert_sequence_logits),
+        "is_decoder": Effect(True, bert_logits),
+        "add_cross_attention": Effect(True, bert_shapes, {"is_decoder": True}),
+        "bos_token_id": Effect(5, bert_tokens_from_nothing, {"is_decoder": True}),
+        "eos_token_id": Effect(list(range(VOCAB)), bert_generated_length, {"is_decoder": True}),
+        "tie_word_embeddings": Effect(False, bert_shapes),
+        "position_embedding_type": Effect("relative_key", bert_shapes),
+        "rope_theta": Effect(50.0, bert_logits, {"position_embedding_type": "rope"}),
+        "classifier_hidden_size": Effect(24, bert_sequence_shapes),
+        "loss_chunk_size": Effect(4, bert_largest_product),
+        "vision_config": Effect(VISION, bert_shapes),
+    },
+    CustomBlip2VisionConfig: {
+        "hidden_size": Effect(48, tower_shapes),
+        "intermediate_size": Effect(56, tower_shapes),
+        "num_hidden_layers": Effect(2, tower_shapes),
+        "num_attention_heads": Effect(4, tower_states),
+        "image_size": Effect([8, 16], tower_shapes),
+        "patch_size": Effect(2, tower_shapes),
+        "hidden_act": Effect("relu", tower_states),
+        "layer_norm_eps": Effect(0.2, tower_states),
+        "attention_dropout": Effect(0.3, tower_states),
+        "initializer_range": Effect(0.5, tower_std),
+        "qkv_bias": Effect(False, tower_shapes),
+    },
 }
-BASES = {CustomGPT2Config: GPT2}
-STOCK = {CustomGPT2Config: GPT2Config}
+BASES = {CustomGPT2Config: GPT2, CustomBertConfig: BERT, CustomBlip2VisionConfig: VISION}
+STOCK = {
+    CustomGPT2Config: GPT2Config,
+    CustomBertConfig: BertConfig,
+    CustomBlip2VisionConfig: Blip2VisionConfig,
+}
+# Stock's is for loading and does not train.
+OUR_DEFAULTS = {CustomBlip2VisionConfig: {"initializer_range": 0.02}}
 
 each_field = pytest.mark.parametrize(
     ("config_class", "name"), [(config_class, name) for config_class, rows in EFFECTS.items() for name in rows]
@@ -166,7 +284,8 @@ def test_initializer_range_is_the_scale():
 
 @each_class
 def test_every_field_survives_json(config_class, tmp_path):
-    values = {name: effect.value for name, effect in EFFECTS[config_class].items()}
+    # No decoder reads images; tests/test_image_text.py saves models that do.
+    values = {name: effect.value for name, effect in EFFECTS[config_class].items() if name != "vision_config"}
     default = config_class()
     assert all(value != getattr(default, name) for name, value in values.items())
     config = config_class(**values)
@@ -183,13 +302,15 @@ def test_every_field_survives_json(config_class, tmp_path):
 def test_stock_fields_have_stock_types_and_defaults(config_class):
     stock = STOCK[config_class]
     ours = {item.name: (item.type, item.default) for item in fields(config_class)}
-    assert {item.name: (item.type, item.default) for item in fields(stock)}.items() <= ours.items()
+    changed = OUR_DEFAULTS.get(config_class, {})
+    expected = {item.name: (item.type, changed.get(item.name, item.default)) for item in fields(stock)}
+    assert expected.items() <= ours.items()
     assert config_class.attribute_map == stock.attribute_map
 
 
 @each_class
 def test_default_and_stock_dictionary_load_in_silence(config_class, caplog):
-    config = config_class.from_dict(STOCK[config_class]().to_dict())
+    config = config_class.from_dict({**STOCK[config_class]().to_dict(), **OUR_DEFAULTS.get(config_class, {})})
     assert config.model_type == config_class.model_type
     assert config.to_dict() == config_class().to_dict()
     assert not caplog.records

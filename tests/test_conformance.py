@@ -1,25 +1,23 @@
 """What every model class must do under every option of its configuration: one suite over the table of tiny.py."""
 
 import json
+import re
 from itertools import product
 
 import pytest
 import torch
 from safetensors import safe_open
-from tiny import BATCH, LENGTH, MODELS, OPTIONS, VOCAB, name_of
+from tiny import BATCH, LENGTH, MODELS, UNTIED, VARIANTS, VOCAB, name_of
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-CASES = [
-    pytest.param(row, option, id=f"{row.name}-{name_of(option)}")
-    for row in MODELS
-    for option in OPTIONS[row.config_class]
-]
+ROWS = MODELS + VARIANTS
+CASES = [pytest.param(row, option, id=f"{row.name}-{name_of(option)}") for row in ROWS for option in row.options]
 each_case = pytest.mark.parametrize(("row", "option"), CASES)
-each_model = pytest.mark.parametrize("row", MODELS, ids=name_of)
+each_model = pytest.mark.parametrize("row", ROWS, ids=name_of)
 
-LABELLED = [pytest.param(row, {}, row.draw_labels, id=row.name) for row in MODELS if row.draw_labels(1, LENGTH)]
+LABELLED = [pytest.param(row, {}, row.draw_labels, id=row.name) for row in ROWS if row.draw_labels(1, LENGTH)]
 # What a classifier of whole sequences makes of its labels depends on the configuration and on their type.
 PROBLEMS = {
     "regression": ({"num_labels": 1}, lambda b, t: {"labels": torch.randn(b)}),
@@ -28,12 +26,14 @@ PROBLEMS = {
 }
 LABELLED += [
     pytest.param(row, *problem, id=f"{row.name}-{name}")
-    for row in MODELS
+    for row in ROWS
     if row.name.endswith("ForSequenceClassification")
     for name, problem in PROBLEMS.items()
 ]
 each_labelled = pytest.mark.parametrize(("row", "option", "draw_labels"), LABELLED)
 
+# Outputs with a score for each entry of the vocabulary.
+VOCABULARY = ("logits", "prediction_logits")
 EXACT = {"rtol": 0, "atol": 0}
 WITHIN = {"rtol": 0, "atol": 1e-5}
 
@@ -56,10 +56,10 @@ def batch_of(row):
 
 
 def objective(model, batch):
-    """The sum of the losses or, for a model without any, a number that depends on all of its first output."""
-    outputs = model(**batch)
+    """The sum of the losses or, for a model without any, a number that depends on all of its outputs."""
+    outputs = tensors_of(model(**batch))
     losses = [value for name, value in outputs.items() if name.endswith("loss")]
-    return sum(losses) if losses else outputs[0].square().sum()
+    return sum(losses) if losses else sum(value.square().sum() for value in outputs.values())
 
 
 def gradients(model, batch):
@@ -67,7 +67,7 @@ def gradients(model, batch):
     model.train().zero_grad()
     set_seed(1)
     objective(model, batch).backward()
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
 def with_dropout(row, p):
@@ -87,7 +87,14 @@ def test_every_parameter_receives_a_gradient(row, option):
     objective(model, batch_of(row)).backward()
     reached = [name for name, parameter in model.named_parameters() if parameter.grad is not None]
     reached = [name for name in reached if model.get_parameter(name).grad.count_nonzero()]
-    assert reached == [name for name, _ in model.named_parameters()]
+    without = set()
+    if option == UNTIED:
+        # The head's bias is the decoder's; untied it is a key of stock's folders that nothing reads, in stock either.
+        without.add("cls.predictions.bias")
+    if row.name == "CustomBertForMultipleChoice":
+        # It moves the scores of both choices alike.
+        without.add("classifier.bias")
+    assert reached == [name for name, _ in model.named_parameters() if name not in without]
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -116,13 +123,16 @@ def test_hidden_states_and_attentions_have_their_shapes(row, option):
     states, attentions = outputs.hidden_states, outputs.attentions
     # Blocks see choices as rows; the last state alone gets the axes of the input back, in stock too.
     states = [state.view(-1, *state.shape[-2:]) for state in states]
-    assert [state.shape for state in states] == [(rows, LENGTH, config.hidden_size)] * (config.num_hidden_layers + 1)
-    shape = (rows, config.num_attention_heads, LENGTH, LENGTH)
+    length = LENGTH + row.num_patches
+    assert [state.shape for state in states] == [(rows, length, config.hidden_size)] * (config.num_hidden_layers + 1)
+    shape = (rows, config.num_attention_heads, length, length)
     assert [weights.shape for weights in attentions] == [shape] * config.num_hidden_layers
     for weights in attentions:
         torch.testing.assert_close(weights.sum(-1), torch.ones(shape[:-1]))
+    if row.num_choices is not None:
+        inputs = {name: tensor.flatten(0, 1) for name, tensor in inputs.items()}
     base = getattr(model, model.base_model_prefix, model)(**inputs)
-    torch.testing.assert_close(states[-1], base.last_hidden_state.view_as(states[-1]), **EXACT)
+    torch.testing.assert_close(states[-1], base.last_hidden_state, **EXACT)
 
 
 @each_case
@@ -200,8 +210,7 @@ def test_padded_rows_equal_unpadded_ones(row, option, padding):
     padded = tensors_of(model(**inputs))
     for index in product(*map(range, mask.shape[:-1])):
         real = mask[index]
-        ids = inputs["input_ids"][index][real]
-        for name, alone in tensors_of(model(ids.view(*(1 for _ in index), -1))).items():
+        for name, alone in tensors_of(model(**row.alone(inputs, index))).items():
             together = padded[name][index]
             if padded[name].shape[: mask.ndim] == mask.shape:
                 together = together[real]
@@ -220,7 +229,7 @@ def test_resized_vocabulary_keeps_its_rows(row, option, size):
     has_lm_head = model.get_output_embeddings() is not None
     for name in before:
         width = min(before[name].shape[-1], after[name].shape[-1])
-        assert after[name].shape[-1] == (size if has_lm_head and name == "logits" else before[name].shape[-1])
+        assert after[name].shape[-1] == (size if has_lm_head and name in VOCABULARY else before[name].shape[-1])
         torch.testing.assert_close(after[name][..., :width], before[name][..., :width], **WITHIN)
     largest = dict.fromkeys(["input_ids", "labels"] if has_lm_head else ["input_ids"], torch.tensor(size - 1))
     batch = batch_of(row)
@@ -267,16 +276,17 @@ def micro_batches(row, draw_labels, rows=4):
 def test_accumulated_gradient_is_that_of_the_large_batch(row, option, draw_labels):
     model = row.build(**option)
     batch, parts = micro_batches(row, draw_labels)
-    model.train()(**batch).loss.backward()
-    expected = {
-        name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None
-    }
-    model.zero_grad()
     counted, scale = {}, len(parts)
     if "labels" in batch:
         is_shifted = LOSS_MAPPING.get(model.loss_type) is ForCausalLMLoss
         items = (batch["labels"][..., 1:] if is_shifted else batch["labels"]).ne(-100).sum()
         counted, scale = {"num_items_in_batch": items}, 1
+    # Of the two losses of pre-training the second has another number of labels, so that one count changes their weight.
+    model.train()(**batch, **(counted if "next_sentence_label" in batch else {})).loss.backward()
+    expected = {
+        name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
+    model.zero_grad()
     for part in parts:
         (model(**part, **counted).loss / scale).backward()
     for name in expected:
@@ -307,7 +317,18 @@ def trained_weights(row, option, rows, batch_size, folder):
     return dict(model.named_parameters())
 
 
-@each_labelled
+# Heads whose loss is that of another in the table, with as many labels: one of them shows what the Trainer counts.
+SAME_LOSS = ("NextSentencePrediction", "VisualQuestionAnswering", "ImageTextRetrieval", "ForMaskedLM-with-images")
+
+
+@pytest.mark.parametrize(
+    ("row", "option", "draw_labels"),
+    [
+        case
+        for case in LABELLED
+        if not case.id.endswith(SAME_LOSS) and not re.search(r"CustomBert.*-(regression|multi_label)", case.id)
+    ],
+)
 def test_trainer_accumulates_as_one_large_batch(row, option, draw_labels, tmp_path):
     batch, _ = micro_batches(row, draw_labels)
     rows = [{name: tensor[index] for name, tensor in batch.items()} for index in range(4)]

@@ -8,14 +8,20 @@ import pandas as pd
 import pytest
 import torch
 
+from training.args import TableArguments
 from training.data import (
+    ROW,
+    check_columns,
+    check_table_file,
     check_text_file,
     check_token_ids,
     collate_blocks,
     embedded_corpus,
     find_files,
     load_files,
+    load_tables,
     load_text,
+    row_of_the_data,
     split_held_out,
     token_stream,
     tokenize_blocks,
@@ -206,3 +212,123 @@ def test_collated_labels_are_the_ids():
     batch = collate_blocks([{"input_ids": [1, 2, 3]}, {"input_ids": [4, 5, 6]}])
     assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 5, 6]]
     assert torch.equal(batch["labels"], batch["input_ids"]) and batch["labels"] is not batch["input_ids"]
+
+
+BROKEN_TABLES = {
+    "few fields": ("t.csv", "a,b\n1,2\n\n3\n", ["row 1 (line 4)", "1 fields", "header has 2"]),
+    "many fields": ("t.tsv", "a\tb\n1\t2\n1\t2\t3\n", ["row 1 (line 3)", "3 fields"]),
+    "open quote": ("t.csv", 'a,b\n"1\n2",2\n3,"4\n5,6\n', ["row 1 (line 4)", "unbalanced quote"]),
+    "quote closed by another": ("t.csv", 'a,b\n1,"2\n3,"4"\n', ["row 0 (line 2)", "unbalanced quote"]),
+    "header only": ("t.csv", "a,b\n", ["no rows"]),
+    "jsonl": ("t.jsonl", '{"a": 1}\n\n{"a": \n', ["row 1 (line 3)", "not JSON"]),
+    "json": ("t.json", '[{"a": 1}, {"a": ', ["cannot be read as json"]),
+    "text": ("t.txt", "a\n", ["plain text"]),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN_TABLES)
+def test_broken_table_is_refused_by_file_and_row(tmp_path, kind):
+    name, content, words = BROKEN_TABLES[kind]
+    path = tmp_path / name
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError) as error:
+        load_tables(TableArguments(files=[str(path)]), None, 0)
+    assert all(word in str(error.value) for word in [str(path), *words]), error.value
+
+
+def test_quotes_that_are_right_are_read(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text('a,b\n"x, ""y""\nz",2\n5" disk,3\n', encoding="utf-8")
+    check_table_file(str(path))
+    assert load_files([str(path)])["a"] == ['x, "y"\nz', '5" disk']
+
+
+def numbered(folder, name, count):
+    path = folder / name
+    path.write_text("text,n\n" + "".join(f"row {i},{i}\n" for i in range(count)), encoding="utf-8")
+    return [str(path)]
+
+
+def test_tables_are_split_and_limited_by_seed(tmp_path):
+    arguments = TableArguments(files=numbered(tmp_path, "t.csv", 40), validation_fraction=0.25, max_train_rows=20)
+    splits = load_tables(arguments, None, seed=1)
+    train, validation = splits["train"]["n"], splits["validation"]["n"]
+    assert len(train) == 20 and len(validation) == 10 and set(train).isdisjoint(validation)
+    assert load_tables(arguments, None, seed=1)["train"]["n"] == train
+    assert load_tables(arguments, None, seed=2)["validation"]["n"] != validation
+    # Rows that were drawn know where they stood.
+    for rows in splits.values():
+        assert [row_of_the_data(rows, index) for index in range(len(rows))] == rows["n"]
+
+
+def test_splits_that_are_given_stay_as_they_are(tmp_path):
+    paths = [numbered(tmp_path, f"{name}.csv", count) for name, count in (("a", 5), ("b", 3), ("c", 2))]
+    splits = load_tables(TableArguments(files=paths[0], validation_files=paths[1], test_files=paths[2]), None, 0)
+    assert {name: rows["n"] for name, rows in splits.items()} == {
+        "train": [0, 1, 2, 3, 4],
+        "validation": [0, 1, 2],
+        "test": [0, 1],
+    }
+    assert all(ROW not in rows.column_names for rows in splits.values())
+
+
+def test_tables_of_the_hub_keep_their_splits(monkeypatch):
+    rows = datasets.Dataset.from_dict({"n": list(range(10))})
+    hub = datasets.DatasetDict(train=rows, test=rows, unlabelled=rows)
+    monkeypatch.setattr("training.data.load_dataset", lambda *_: hub)
+    splits = load_tables(TableArguments(dataset_name="someone/data"), None, 0)
+    assert {name: len(part) for name, part in splits.items()} == {"train": 9, "validation": 1, "test": 10}
+    with pytest.raises(ValueError, match="no split `train`; it has test"):
+        del hub["train"], hub["unlabelled"]
+        load_tables(TableArguments(dataset_name="someone/data"), None, 0)
+
+
+def test_tables_of_nothing_are_the_embedded_ones():
+    rows = datasets.Dataset.from_dict({"n": list(range(20))})
+    splits = load_tables(TableArguments(), lambda: rows, 0)
+    assert sorted([*splits["train"]["n"], *splits["validation"]["n"]]) == list(range(20))
+    assert TableArguments().description("words") == "words"
+    assert TableArguments(files=["a/b.csv"]).description("words") == "local rows: `b.csv`"
+    with pytest.raises(ValueError, match="one row cannot be split"):
+        load_tables(TableArguments(), lambda: rows.select([0]), 0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"validation_fraction": 1.0}, "--validation_fraction is 1.0"),
+        ({"max_length": 3}, "--max_length is 3"),
+        ({"max_train_rows": 0}, "--max_train_rows is 0"),
+        ({"test_files": ["t.csv"]}, "Name --files"),
+    ],
+)
+def test_table_arguments_are_checked(fields, words):
+    with pytest.raises(ValueError, match=words):
+        TableArguments(**fields)
+
+
+@pytest.mark.parametrize("value", [None, "", " \t", []], ids=["none", "empty", "blank", "list"])
+def test_row_with_nothing_in_a_column_is_refused(value):
+    other = ["x"] if value == [] else "x"
+    rows = datasets.Dataset.from_dict({"a": [other, other, value, value], "b": [1, 2, 3, 4]})
+    check_columns(rows, {"b_column": "b"})
+    with pytest.raises(ValueError, match="row 2 of the test split has nothing in column `a`"):
+        check_columns(rows, {"b_column": "b", "a_column": "a"}, "the test split")
+    # After a choice of rows, the place in it.
+    with pytest.raises(ValueError, match="row 1 of the data"):
+        check_columns(rows.select([1, 2]), {"a_column": "a"})
+    # Of rows that know where they stood, that place.
+    with pytest.raises(ValueError, match="row 7 of the data"):
+        check_columns(rows.add_column(ROW, [9, 8, 7, 6]), {"a_column": "a"})
+
+
+def test_number_that_is_missing_is_refused():
+    rows = datasets.Dataset.from_dict({"a": [1.0, float("nan")]})
+    with pytest.raises(ValueError, match="row 1 of the data has nothing in column `a`"):
+        check_columns(rows, {"a_column": "a"})
+
+
+def test_missing_column_names_the_flag_and_hides_our_own():
+    rows = datasets.Dataset.from_dict({"a": [1], ROW: [0]})
+    with pytest.raises(ValueError, match="no column `b`; its columns are a. Name the right one with --b_column."):
+        check_columns(rows, {"b_column": "b"})

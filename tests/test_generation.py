@@ -1,18 +1,18 @@
 """Caches, padding, packing and `generate`: the same numbers and tokens however they are computed."""
 
+import re
 import shutil
 from itertools import product
 
 import pytest
 import torch
 from reference import assert_near, assert_outputs_near, real_outputs
-from tiny import BATCH, LENGTH, MODELS, VOCAB, name_of
+from tiny import BATCH, LENGTH, MODELS, VARIANTS, VOCAB, name_of
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache, set_seed
 
-ROWS = {row.name.removeprefix("CustomGPT2"): row for row in MODELS}
-CAUSAL_LM = ROWS["ForCausalLM"]
+ROWS = MODELS + VARIANTS
 GENERATIVE = [row for row in MODELS if row.is_generative]
-POSITIONS = [{"position_embedding_type": name} for name in ("learned", "sinusoidal", "rope")]
+BERT_CAUSAL_LM = GENERATIVE[-1]
 IMPLEMENTATIONS = ["eager", "sdpa"]
 # Lengths of the chunks that a sequence of `LENGTH` tokens is read in.
 CHUNKS = {"tokens": [1] * LENGTH, "prompt-tokens": [4] + [1] * (LENGTH - 4), "chunks": [3, 5, 1, 2]}
@@ -25,7 +25,20 @@ STRATEGIES = {
 }
 each_strategy = pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES)
 
-each_position = pytest.mark.parametrize("option", POSITIONS, ids=name_of)
+
+# Sinusoids take the way of learned vectors, and of the relative positions one has all that the other has.
+ALIKE = [(BERT_CAUSAL_LM, {"position_embedding_type": name}) for name in ("sinusoidal", "relative_key")]
+
+
+def cases(rows, *options, left_out=()):
+    """Each row with each kind of positions, and with `options`."""
+    found = [(row, option) for row in rows for option in [*row.positions, *options] if (row, option) not in left_out]
+    return [pytest.param(row, option, id=f"{row.name}-{name_of(option)}") for row, option in found]
+
+
+each_position = pytest.mark.parametrize("row, option", cases(GENERATIVE))
+each_decoding = pytest.mark.parametrize("row, option", cases(GENERATIVE, left_out=ALIKE))
+each_position_of_all = pytest.mark.parametrize("row, option", cases(ROWS))
 each_model = pytest.mark.parametrize("row", GENERATIVE, ids=name_of)
 each_implementation = pytest.mark.parametrize("attn_implementation", IMPLEMENTATIONS)
 
@@ -83,7 +96,6 @@ def assert_cached_equals_uncached(model, inputs, chunks, is_static, **kwargs):
 @pytest.mark.parametrize("is_static", [False, True], ids=["dynamic", "static"])
 @each_implementation
 @each_position
-@each_model
 @torch.no_grad()
 def test_cached_logits_equal_uncached(row, option, attn_implementation, is_static, chunks, padding):
     model = row.build(**option, attn_implementation=attn_implementation)
@@ -93,33 +105,36 @@ def test_cached_logits_equal_uncached(row, option, attn_implementation, is_stati
 @pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS)
 @pytest.mark.parametrize("is_static", [False, True], ids=["dynamic", "static"])
 @each_implementation
+@each_model
 @torch.no_grad()
-def test_cached_cross_attention_equals_uncached(attn_implementation, is_static, chunks):
-    model = CAUSAL_LM.build(add_cross_attention=True, attn_implementation=attn_implementation)
+def test_cached_cross_attention_equals_uncached(row, attn_implementation, is_static, chunks):
+    model = row.build(add_cross_attention=True, attn_implementation=attn_implementation)
     encoder_mask = torch.tensor([[1] * 5, [1] * 3 + [0] * 2, [0] * 4 + [1]])
     encoder = {
-        "encoder_hidden_states": torch.randn(BATCH, 5, model.config.n_embd),
+        "encoder_hidden_states": torch.randn(BATCH, 5, model.config.hidden_size),
         "encoder_attention_mask": encoder_mask,
     }
-    assert_cached_equals_uncached(model, CAUSAL_LM.inputs(padding="left"), chunks, is_static, **encoder)
+    assert_cached_equals_uncached(model, row.inputs(padding="left"), chunks, is_static, **encoder)
 
 
+@each_model
 @torch.no_grad()
-def test_cross_attention_projects_encoder_once():
-    model = CAUSAL_LM.build(add_cross_attention=True)
+def test_cross_attention_projects_encoder_once(row):
+    model = row.build(add_cross_attention=True)
     calls = []
-    for block in model.transformer.h:
-        block.crossattention.c_attn.register_forward_hook(lambda *args: calls.append(1))
-    states = torch.randn(BATCH, 5, model.config.n_embd)
+    for name, module in model.named_modules():
+        if re.search(r"\.crossattention\.(c_attn|self\.key)$", name):
+            module.register_forward_hook(lambda *args: calls.append(1))
+    states = torch.randn(BATCH, 5, model.config.hidden_size)
     cache = make_cache(False, model.config)
-    read_in_chunks(model, CAUSAL_LM.inputs(), CHUNKS["chunks"], cache, encoder_hidden_states=states)
-    assert len(calls) == model.config.n_layer
+    read_in_chunks(model, row.inputs(), CHUNKS["chunks"], cache, encoder_hidden_states=states)
+    assert len(calls) == model.config.num_hidden_layers
 
 
 @each_position
 @torch.no_grad()
-def test_cache_is_made_when_asked(option):
-    model, inputs = CAUSAL_LM.build(**option), CAUSAL_LM.inputs()
+def test_cache_is_made_when_asked(row, option):
+    model, inputs = row.build(**option), row.inputs()
     ids = inputs["input_ids"]
     expected = model(ids).logits
     outputs = model(ids[:, :-1], use_cache=True)
@@ -129,9 +144,10 @@ def test_cache_is_made_when_asked(option):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@each_model
 @torch.no_grad()
-def test_compiled_decoding_equals_eager():
-    model, ids = CAUSAL_LM.build(n_layer=1), CAUSAL_LM.inputs()["input_ids"]
+def test_compiled_decoding_equals_eager(row):
+    model, ids = row.build(num_hidden_layers=1), row.inputs()["input_ids"]
     expected = model(ids, use_cache=False).logits
     cache = StaticCache(config=model.config, max_cache_len=LENGTH)
     start = LENGTH - 4
@@ -148,8 +164,7 @@ def test_compiled_decoding_equals_eager():
 
 @pytest.mark.parametrize("padding", [None, "left", "right"])
 @each_implementation
-@each_position
-@pytest.mark.parametrize("row", MODELS, ids=name_of)
+@each_position_of_all
 @torch.no_grad()
 def test_row_of_batch_equals_row_alone(row, option, attn_implementation, padding):
     model = row.build(**option, attn_implementation=attn_implementation)
@@ -158,8 +173,7 @@ def test_row_of_batch_equals_row_alone(row, option, attn_implementation, padding
     together = tensors_of(model(**inputs))
     for index in product(*map(range, mask.shape[:-1])):
         is_real = mask[index]
-        ids = inputs["input_ids"][index][is_real]
-        for name, alone in tensors_of(model(ids.view(*(1 for _ in index), -1))).items():
+        for name, alone in tensors_of(model(**row.alone(inputs, index))).items():
             found = together[name][index]
             found = found[is_real] if together[name].shape[: mask.ndim] == mask.shape else found
             assert_near(found, alone[(0,) * len(index)], name=name)
@@ -167,8 +181,7 @@ def test_row_of_batch_equals_row_alone(row, option, attn_implementation, padding
 
 @pytest.mark.parametrize("padding", ["left", "right"])
 @each_implementation
-@each_position
-@pytest.mark.parametrize("row", MODELS, ids=name_of)
+@each_position_of_all
 @torch.no_grad()
 def test_masked_tokens_have_no_influence(row, option, attn_implementation, padding):
     # A classifier with a `pad_token_id` finds the end of a sequence by it, as in stock; here the mask alone tells.
@@ -186,7 +199,6 @@ DOCUMENTS = [[4, 1, 6], [9, 2]]
 @pytest.mark.parametrize("use_cache", [None, False])
 @each_implementation
 @each_position
-@each_model
 @torch.no_grad()
 def test_packed_documents_equal_separate_ones(row, option, attn_implementation, use_cache):
     model = row.build(**option, attn_implementation=attn_implementation)
@@ -199,11 +211,12 @@ def test_packed_documents_equal_separate_ones(row, option, attn_implementation, 
             assert_near(logits, model(document[None]).logits[0])
 
 
-@pytest.mark.parametrize("option", POSITIONS[1:], ids=name_of)
+@pytest.mark.parametrize("position_embedding_type", ["sinusoidal", "rope"])
 @each_model
 @torch.no_grad()
-def test_sequence_may_exceed_n_positions(row, option):
-    model, inputs = build_writer(row, option, n_positions=5), row.inputs(padding="left")
+def test_sequence_may_exceed_n_positions(row, position_embedding_type):
+    option = {"position_embedding_type": position_embedding_type}
+    model, inputs = build_writer(row, option, max_position_embeddings=5), row.inputs(padding="left")
     longer = build_writer(row, option)
     longer.load_state_dict(model.state_dict())
     assert_near(model(**inputs).logits, longer(**inputs).logits)
@@ -238,15 +251,14 @@ def test_logits_to_keep_may_differ_by_row(row):
 
 
 def with_encoder(inputs, model):
-    states = torch.randn(BATCH, 5, model.config.n_embd)
+    states = torch.randn(BATCH, 5, model.config.hidden_size)
     mask = torch.tensor([[1] * 5, [1] * 3 + [0] * 2, [0] * 4 + [1]])
     return {**inputs, "encoder_hidden_states": states, "encoder_attention_mask": mask}
 
 
 @pytest.mark.parametrize("padding", [None, "left"])
 @each_strategy
-@pytest.mark.parametrize("option", [*POSITIONS, {"add_cross_attention": True}], ids=name_of)
-@each_model
+@pytest.mark.parametrize("row, option", cases(GENERATIVE, {"add_cross_attention": True}, left_out=ALIKE))
 def test_generate_is_same_with_any_cache(row, option, strategy, padding):
     model, inputs = build_writer(row, option), row.inputs(padding=padding)
     if model.config.add_cross_attention:
@@ -259,8 +271,7 @@ def test_generate_is_same_with_any_cache(row, option, strategy, padding):
 
 @pytest.mark.parametrize("strategy", [STRATEGIES["greedy"], STRATEGIES["beam"]], ids=["greedy", "beam"])
 @each_implementation
-@each_position
-@each_model
+@each_decoding
 def test_left_padded_batch_generates_as_rows_alone(row, option, attn_implementation, strategy):
     model = build_writer(row, option, attn_implementation=attn_implementation)
     inputs = row.inputs(padding="left")
@@ -270,8 +281,7 @@ def test_left_padded_batch_generates_as_rows_alone(row, option, attn_implementat
         assert torch.equal(tokens[index, LENGTH:], alone[0, mask.sum() :])
 
 
-@each_position
-@each_model
+@each_decoding
 def test_prompt_lookup_generates_as_greedy(row, option):
     model = build_writer(row, option)
     inputs = {"input_ids": row.inputs(batch=1, length=5)["input_ids"].repeat(1, 3)}
@@ -280,20 +290,18 @@ def test_prompt_lookup_generates_as_greedy(row, option):
 
 
 @pytest.mark.parametrize("is_good", [True, False], ids=["good-assistant", "bad-assistant"])
-@each_position
-@each_model
+@each_decoding
 def test_assisted_decoding_generates_as_greedy(row, option, is_good):
     model, inputs = build_writer(row, option), row.inputs(batch=1)
-    # One layer of three proposes tokens that are mostly refused; all three, tokens that are mostly taken.
-    assistant = build_writer(row, option, n_layer=3 if is_good else 1)
+    # One layer proposes tokens that are mostly refused; all of them, tokens that are mostly taken.
+    assistant = build_writer(row, option, num_hidden_layers=model.config.num_hidden_layers if is_good else 1)
     assistant.load_state_dict(model.state_dict(), strict=is_good)
     assert torch.equal(generate(model, inputs, assistant_model=assistant), generate(model, inputs))
 
 
 @pytest.mark.parametrize("padding", [None, "left"])
 @each_strategy
-@each_position
-@each_model
+@each_decoding
 def test_generate_from_embeddings_equals_from_ids(row, option, strategy, padding):
     model, inputs = build_writer(row, option), row.inputs(padding=padding)
     expected = generate(model, inputs, **strategy)

@@ -6,32 +6,64 @@ import re
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import MODELS, name_of, widen
+from tiny import MODELS, VARIANTS, VISION, name_of, widen
+
+from hf_custom import CustomBertConfig, CustomGPT2Config
 
 STD = 0.03
-SIZES = {"n_embd": 96, "n_head": 4, "vocab_size": 400, "n_positions": 128, "initializer_range": STD, "n_inner": 160}
-ALL_PARAMETERS = {"add_cross_attention": True, "tie_word_embeddings": False}
+SIZES = {"hidden_size": 96, "num_attention_heads": 4, "vocab_size": 400, "max_position_embeddings": 128}
+SIZES |= {"initializer_range": STD}
+INTERMEDIATE = {CustomGPT2Config: {"n_inner": 160}, CustomBertConfig: {"intermediate_size": 160}}
+RELATIVE = {"position_embedding_type": "relative_key"}
 
-# Name of a parameter -> (mean, std) in a model of n layers. Every parameter matches exactly one row.
+# By configuration, name of a parameter -> (mean, std) in a model of n layers. Every parameter matches exactly one row.
 EXPECTED = {
-    r"(^|\.)w[tp]e\.weight": lambda n: (0, STD),
-    r"\.(c_attn|q_attn|c_fc)\.weight": lambda n: (0, STD),
-    r"\.(attn|crossattention|mlp)\.c_proj\.weight": lambda n: (0, STD / math.sqrt(2 * n)),
-    r"^(lm_head|score|classifier|qa_outputs|multiple_choice_head\.summary)\.weight": lambda n: (0, STD),
-    r"(^|\.)ln_\w+\.weight": lambda n: (1, 0),
-    r"\.bias$": lambda n: (0, 0),
+    CustomGPT2Config: {
+        r"(^|\.)w[tp]e\.weight": lambda n: (0, STD),
+        r"\.(c_attn|q_attn|c_fc)\.weight": lambda n: (0, STD),
+        r"\.(attn|crossattention|mlp)\.c_proj\.weight": lambda n: (0, STD / math.sqrt(2 * n)),
+        r"^(lm_head|score|classifier|qa_outputs|multiple_choice_head\.summary)\.weight": lambda n: (0, STD),
+        r"(^|\.)ln_\w+\.weight": lambda n: (1, 0),
+        r"\.bias$": lambda n: (0, 0),
+    },
+    CustomBertConfig: {
+        r"(word|position|token_type|modality_type|distance)_embeddings?\.weight$": lambda n: (0, STD),
+        r"vision_model\.embeddings\.(class_embedding|position_embedding|patch_embedding\.weight)$": lambda n: (0, STD),
+        r"\.(query|key|value|dense|qkv|projection|fc[12])\.weight$": lambda n: (0, STD),
+        r"^(bert\.)?vision_projection\.weight$": lambda n: (0, STD),
+        r"\.(decoder|seq_relationship)\.weight$": lambda n: (0, STD),
+        r"^(classifier|classifier\.out_proj|qa_outputs|itm_head)\.weight$": lambda n: (0, STD),
+        r"(LayerNorm|layer_?norm\d?)\.weight$": lambda n: (1, 0),
+        r"\.bias$": lambda n: (0, 0),
+    },
+}
+# What each layer has as many of, with cross-attention and without.
+PER_LAYER = {
+    CustomGPT2Config: (r"c_proj\.weight$", 3, 2),
+    CustomBertConfig: (r"(?<!pooler)\.output\.dense\.weight$", 3, 2),
 }
 
 
-def expected_of(name, n_layer):
-    rows = [row for pattern, row in EXPECTED.items() if re.search(pattern, name)]
+def config_of(row, **fields):
+    """The configuration with every parameter that there is, and with sizes that tell."""
+    fields = {**SIZES, **INTERMEDIATE[row.config_class], "tie_word_embeddings": False, **fields}
+    if row.has_cache:
+        fields["add_cross_attention"] = True
+    if row.num_patches:
+        vision = {**VISION, "num_hidden_layers": 2, "hidden_size": 96, "image_size": 32, "initializer_range": STD}
+        fields["vision_config"] = vision
+    return row.config(**fields)
+
+
+def expected_of(config, name):
+    rows = [row for pattern, row in EXPECTED[type(config)].items() if re.search(pattern, name)]
     assert len(rows) == 1, f"{name} matches {len(rows)} rows"
-    return rows[0](n_layer)
+    return rows[0](config.num_hidden_layers)
 
 
-def assert_drawn(name, tensor, n_layer):
+def assert_drawn(config, name, tensor):
     """Mean and std are those expected up to five standard errors of a normal sample of that size."""
-    mean, std = expected_of(name, n_layer)
+    mean, std = expected_of(config, name)
     tensor = tensor.detach().double()
     assert abs(tensor.mean() - mean) <= 5 * std / math.sqrt(tensor.numel()), name
     assert abs(tensor.std(correction=0) - std) <= 5 * std / math.sqrt(2 * tensor.numel()), name
@@ -52,26 +84,30 @@ def from_meta(row, config):
     return model
 
 
+CASES = [(row, {}) for row in MODELS + VARIANTS] + [(row, RELATIVE) for row in MODELS if RELATIVE in row.options]
+
+
 @pytest.mark.parametrize("n_layer", [2, 8])
 @pytest.mark.parametrize("build", [from_scratch, from_meta])
-@pytest.mark.parametrize("row", MODELS, ids=name_of)
-def test_each_parameter_is_drawn_as_documented(row, build, n_layer):
-    model = build(row, row.config(**SIZES, **ALL_PARAMETERS, n_layer=n_layer))
-    parameters = dict(model.named_parameters())
-    assert sum(name.endswith("c_proj.weight") for name in parameters) == 3 * n_layer
+@pytest.mark.parametrize("row, option", CASES, ids=name_of)
+def test_each_parameter_is_drawn_as_documented(row, option, build, n_layer):
+    config = config_of(row, **option, num_hidden_layers=n_layer)
+    parameters = dict(build(row, config).named_parameters())
+    pattern, *counts = PER_LAYER[row.config_class]
+    found = sum(bool(re.search(pattern, name)) for name in parameters)
+    assert found == counts[0 if config.add_cross_attention else 1] * n_layer
     for name, parameter in parameters.items():
-        assert_drawn(name, parameter, n_layer)
+        assert_drawn(config, name, parameter)
 
 
-def test_layers_are_drawn_apart():
-    row = MODELS[0]
-    weights = [tensor for tensor in row.model_class(row.config(**SIZES)).state_dict().values() if tensor.std() > 0]
+@pytest.mark.parametrize("row", [row for row in MODELS if not row.draw_labels(1, 1)], ids=name_of)
+def test_layers_are_drawn_apart(row):
+    weights = [tensor for tensor in row.model_class(config_of(row)).state_dict().values() if tensor.std() > 0]
     assert len({float(weight.double().sum()) for weight in weights}) == len(weights) > 10
 
 
-@pytest.mark.parametrize(
-    "missing",
-    [
+MISSING = {
+    "CustomGPT2ForCausalLM": [
         r"mlp\.c_proj\.weight",
         r"attn\.c_proj\.weight",
         r"crossattention\.c_proj\.(weight|bias)",
@@ -81,10 +117,26 @@ def test_layers_are_drawn_apart():
         r"w[tp]e\.weight",
         r"ln_(1|f)\.weight",
     ],
+    "CustomBertForCausalLM": [
+        r"\.output\.dense\.weight",
+        r"self\.(query|key|value)\.weight",
+        r"crossattention\.",
+        r"\.dense\.bias",
+        r"layer\.1\.",
+        r"embeddings\.weight",
+        r"LayerNorm\.weight",
+        r"predictions\.(bias|decoder\.bias)",
+        r"predictions\.transform\.",
+    ],
+    "CustomBertForMaskedLM-with-images": [r"vision_model\.", r"vision_projection\.", r"modality", r"class_embedding"],
+}
+
+
+@pytest.mark.parametrize(
+    "row, missing", [(row, pattern) for row in MODELS + VARIANTS for pattern in MISSING.get(row.name, ())], ids=name_of
 )
-@pytest.mark.parametrize("row", [row for row in MODELS if row.is_generative], ids=name_of)
 def test_missing_weights_are_drawn_and_loaded_ones_kept(row, missing, tmp_path):
-    config = row.config(**SIZES, **ALL_PARAMETERS, n_layer=2)
+    config = config_of(row, num_hidden_layers=2)
     saved = widen(row.model_class(config))
     saved.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
@@ -97,4 +149,4 @@ def test_missing_weights_are_drawn_and_loaded_ones_kept(row, missing, tmp_path):
         if name in kept:
             assert torch.equal(parameter, kept[name]), name
         else:
-            assert_drawn(name, parameter, n_layer=2)
+            assert_drawn(config, name, parameter)

@@ -7,6 +7,7 @@ from reference import assert_near
 from torch import nn
 
 from hf_custom import matmul
+from hf_custom.layers import Conv1D, _ActivatedAffine, project_activated
 from hf_custom.matmul import affine, is_plain_linear, linear, project, times, times_transposed
 
 # Of float32 sums over as many as 1,024 products, relative to the largest.
@@ -326,3 +327,119 @@ def test_plain_linear_is_projected_as_called(shape, has_bias, onednn_calls):
 
 def test_project_of_no_rows_is_empty():
     assert project(nn.Linear(330, 40), torch.randn(2, 0, 330)).shape == (2, 0, 40)
+
+
+# --- Second half of a feed-forward layer ---
+
+
+PROJECTIONS = {
+    "linear": lambda: nn.Linear(330, 40),
+    "linear without bias": lambda: nn.Linear(330, 40, bias=False),
+    "conv1d": lambda: Conv1D(40, 330),
+}
+each_projection = pytest.mark.parametrize("make", PROJECTIONS.values(), ids=PROJECTIONS)
+
+
+def activated_exactly(x, projection, weight, bias):
+    weight = weight.double().t() if isinstance(projection, nn.Linear) else weight.double()
+    product = nn.functional.gelu(x.double()) @ weight
+    return product if bias is None else product + bias.double()
+
+
+def leaves_of(x, projection):
+    return [x, *projection.parameters()]
+
+
+@pytest.fixture
+def recomputed(monkeypatch):
+    """One entry a product whose activation is not kept."""
+    calls, apply = [], _ActivatedAffine.apply
+    monkeypatch.setattr(_ActivatedAffine, "apply", lambda *args: calls.append(1) or apply(*args))
+    return calls
+
+
+@pytest.mark.parametrize("shape", [(64, 330), (2, 3, 330), (330,)], ids=str)
+@each_projection
+def test_activated_product_and_gradients_equal_float64(make, shape, recomputed):
+    projection, x = make(), torch.randn(shape, requires_grad=True)
+    output = project_activated(nn.GELU(), x, projection)
+    assert len(recomputed) == 1
+    expected = activated_exactly(x, projection, projection.weight, projection.bias)
+    assert_near(output, expected, TOLERANCE)
+    upstream = torch.randn_like(output)
+    leaves = leaves_of(x, projection)
+    gradients = torch.autograd.grad(output, leaves, upstream)
+    exact = torch.autograd.grad(expected, leaves, upstream.double())
+    for gradient, expected_gradient in zip(gradients, exact, strict=True):
+        assert_near(gradient, expected_gradient, TOLERANCE)
+    with torch.no_grad():
+        assert_near(project_activated(nn.GELU(), x, projection), expected, TOLERANCE)
+    assert len(recomputed) == 1
+
+
+@each_projection
+def test_second_derivative_of_activated_product_equals_float64(make):
+    projection, x = make(), torch.randn(16, 330, requires_grad=True)
+    leaves, upstream, found = leaves_of(x, projection), torch.randn(16, 40), []
+    for compute in (
+        lambda: project_activated(nn.GELU(), x, projection),
+        lambda: activated_exactly(x, projection, projection.weight, projection.bias),
+    ):
+        output = compute()
+        first = torch.autograd.grad(output, leaves, upstream.to(output.dtype), create_graph=True)
+        # Cubes, so that the second pass depends on the first one's result.
+        objective = sum((gradient.double() ** 3).mean() for gradient in first[:2])
+        found.append(torch.autograd.grad(objective, leaves[:2]))
+    for gradient, expected in zip(*found, strict=True):
+        assert_near(gradient, expected, TOLERANCE)
+
+
+@pytest.mark.parametrize("only", ["x", "weight", "bias"])
+@pytest.mark.parametrize("make", [PROJECTIONS["linear"], PROJECTIONS["conv1d"]], ids=["linear", "conv1d"])
+def test_gradient_of_one_part_of_activated_product_equals_float64(make, only):
+    projection, x = make().requires_grad_(False), torch.randn(64, 330)
+    leaf = x if only == "x" else getattr(projection, only)
+    leaf.requires_grad_()
+    upstream = torch.randn(64, 40)
+    (gradient,) = torch.autograd.grad(project_activated(nn.GELU(), x, projection), leaf, upstream)
+    expected = activated_exactly(x, projection, projection.weight, projection.bias)
+    (exact,) = torch.autograd.grad(expected, leaf, upstream.double())
+    assert_near(gradient, exact, TOLERANCE)
+
+
+@pytest.mark.parametrize("wrap", OTHERS.values(), ids=OTHERS)
+def test_other_module_is_called_with_the_activated_input(wrap, recomputed):
+    module, act, x = wrap(nn.Linear(330, 40)), nn.GELU(), torch.randn(64, 330, requires_grad=True)
+    assert torch.equal(project_activated(act, x, module), module(act(x)))
+    assert not recomputed
+
+
+ACTIVATIONS = {
+    "patched": lambda: patched(nn.GELU()),
+    "forward hook": lambda: with_forward_hook(nn.GELU()),
+    "parameters": nn.PReLU,
+}
+
+
+@pytest.mark.parametrize("make_act", ACTIVATIONS.values(), ids=ACTIVATIONS)
+def test_other_activation_is_called_once(make_act, recomputed):
+    projection, act, x = nn.Linear(330, 40), make_act(), torch.randn(64, 330, requires_grad=True)
+    assert_near(project_activated(act, x, projection), projection(act(x)).detach(), TOLERANCE)
+    assert not recomputed
+
+
+@each_projection
+def test_autocast_of_activated_product_is_that_of_torch(make, recomputed):
+    projection, x = make(), torch.randn(64, 330, requires_grad=True)
+    upstream, leaves, found = torch.randn(64, 40).bfloat16(), leaves_of(x, projection), []
+    for compute in (
+        lambda: project_activated(nn.GELU(), x, projection),
+        lambda: projection(nn.functional.gelu(x)),
+    ):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output = compute()
+        found.append([output, *torch.autograd.grad(output, leaves, upstream)])
+    assert len(recomputed) == 1
+    for value, expected in zip(*found, strict=True):
+        assert value.dtype == expected.dtype
+        assert_near(value, expected.detach(), 2 * torch.finfo(torch.bfloat16).eps)

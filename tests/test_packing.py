@@ -13,12 +13,12 @@ from reference import (
     real_outputs,
     weighted_sum,
 )
-from tiny import BATCH, LENGTH, MODELS, VOCAB, name_of
+from tiny import BATCH, LENGTH, MODELS, VARIANTS, VOCAB, name_of
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import DataCollatorWithFlattening
 
-from hf_custom import modeling_gpt2
+from hf_custom import CustomBertConfig, CustomGPT2Config, modeling_bert, modeling_gpt2
 from hf_custom.attention import varlen_attention_forward
 from hf_custom.packing import (
     COST_OF_A_CALL,
@@ -32,11 +32,14 @@ from hf_custom.packing import (
     unpadding,
 )
 
-ROWS = {row.name.removeprefix("CustomGPT2"): row for row in MODELS}
-CAUSAL_LM, QUESTION = ROWS["ForCausalLM"], ROWS["ForQuestionAnswering"]
-POSITIONS = [{"position_embedding_type": name} for name in ("learned", "sinusoidal", "rope")]
-each_model = pytest.mark.parametrize("row", MODELS, ids=name_of)
-each_position = pytest.mark.parametrize("option", POSITIONS, ids=name_of)
+ROWS = {row.name: row for row in MODELS + VARIANTS}
+CAUSAL_LM, QUESTION = ROWS["CustomGPT2ForCausalLM"], ROWS["CustomGPT2ForQuestionAnswering"]
+BERT_CAUSAL_LM, MASKED_LM = ROWS["CustomBertForCausalLM"], ROWS["CustomBertForMaskedLM"]
+GENERATIVE = [CAUSAL_LM, BERT_CAUSAL_LM]
+# A question's loss is a softmax over all positions, padding among them, of which GPT-2's head says nothing.
+LABELLED = [row for row in ROWS.values() if row.draw_labels(1, LENGTH) and row is not QUESTION]
+each_model = pytest.mark.parametrize("row", ROWS.values(), ids=name_of)
+each_writer = pytest.mark.parametrize("row", GENERATIVE, ids=name_of)
 
 # --- Tokens in and out ---
 
@@ -379,7 +382,8 @@ def packings(monkeypatch):
         chosen.append(found[0])
         return found
 
-    monkeypatch.setattr(modeling_gpt2, "choose_packing", spy)
+    for module in (modeling_gpt2, modeling_bert):
+        monkeypatch.setattr(module, "choose_packing", spy)
     return chosen
 
 
@@ -389,7 +393,8 @@ PADDINGS = ("left", "right", "holes", "one row", "one token", "masked row")
 def padded_inputs(row, padding):
     """Inputs with padding, the mask shaped as the ids, and the last real position of each sequence where needed."""
     batch = 1 if padding == "one row" else BATCH
-    input_ids = row.inputs(batch=batch)["input_ids"]
+    inputs = row.inputs(batch=batch)
+    input_ids = inputs["input_ids"]
     rows, columns = input_ids.view(-1, LENGTH).shape[0], torch.arange(LENGTH)
     lengths = torch.tensor([[LENGTH - 2 * (index + 1) % (LENGTH - 1)] for index in range(rows)])
     mask = columns >= LENGTH - lengths
@@ -402,7 +407,7 @@ def padded_inputs(row, padding):
     elif padding == "masked row":
         mask[1] = False
     mask = mask.view_as(input_ids).long()
-    inputs = {"input_ids": input_ids.masked_fill(mask == 0, VOCAB - 1), "attention_mask": mask}
+    inputs |= {"input_ids": input_ids.masked_fill(mask == 0, VOCAB - 1), "attention_mask": mask}
     if row.index_argument is not None:
         inputs[row.index_argument] = (mask * torch.arange(LENGTH)).argmax(-1)
     return inputs
@@ -416,59 +421,79 @@ def real_labels(row, inputs):
     return labels
 
 
-# What is added to the outputs to compare by class: those whose loss or score reads a row without tokens are left out.
-READS_ROWS = ("CustomGPT2ForSequenceClassification", "CustomGPT2DoubleHeadsModel")
+# Outputs of sequences, not of tokens. What they read in a row without a token is left open.
+OF_SEQUENCES = ("mc_logits", "pooler_output", "seq_relationship_logits")
 
 
-def compared(row, model, inputs, padding, **kwargs):
+def compared(row, model, inputs, **kwargs):
     outputs = real_outputs(model, inputs, output_hidden_states=True, **kwargs)
-    if padding == "masked row" and row.name in READS_ROWS:
-        outputs = {name: output for name, output in outputs.items() if name not in ("mc_logits", "mc_loss")}
-        if row.name == "CustomGPT2ForSequenceClassification":
-            outputs["logits"] = outputs["logits"][[0, 2]]
-    return outputs
+    has_tokens = inputs["attention_mask"].any(-1)
+    has_tokens = has_tokens if row.num_choices is None else has_tokens.all(-1)
+    labels = row.draw_labels(1, LENGTH).get("labels")
+    of_sequences = (*OF_SEQUENCES, "logits") if labels is not None and labels.ndim == 1 else OF_SEQUENCES
+    return {name: output[has_tokens] if name in of_sequences else output for name, output in outputs.items()}
 
 
+# Options that have a part in what is packed.
+PACKED_OPTIONS = (
+    "position_embedding_type",
+    "reorder_and_upcast_attn",
+    "scale_attn_by_inverse_layer_idx",
+    "chunk_size_feed_forward",
+    "classifier_hidden_size",
+    "tie_word_embeddings",
+)
 OPTIONS = [
-    *POSITIONS,
-    {"reorder_and_upcast_attn": True},
-    {"scale_attn_by_inverse_layer_idx": True},
-    {"tie_word_embeddings": False},
+    pytest.param(row, option, id=f"{row.name}-{name_of(option)}")
+    for row in ROWS.values()
+    for option in row.options
+    if all(name in PACKED_OPTIONS for name in option)
 ]
 
 
-def assert_same_as_ordinary(row, model, inputs, packings, padding=None, **kwargs):
-    """Outputs at real tokens and gradients of the unpadded path, of eager, and of sdpa with a cache."""
+def build(row, **option):
+    """For training. BERT in float64: a gradient of its norms is a small difference of large terms."""
+    model = row.build(**option).train()
+    return model.double() if row.config_class is CustomBertConfig else model
+
+
+def ordinary_path(row):
+    """Arguments that keep a batch from the unpadded path: a cache or weights of attention are asked for."""
+    return {"use_cache": True} if row.has_cache else {"output_attentions": True}
+
+
+def assert_same_as_ordinary(row, model, inputs, packings, **kwargs):
+    """Outputs at real tokens and gradients of the unpadded path, of eager, and of the ordinary path of sdpa."""
     found = {}
-    for path, implementation, use_cache in (("", "sdpa", False), ("eager", "eager", False), ("cache", "sdpa", True)):
+    paths = (("", "sdpa", {"use_cache": False}), ("eager", "eager", {"use_cache": False}))
+    for path, implementation, arguments in (*paths, ("ordinary", "sdpa", ordinary_path(row))):
         model.set_attn_implementation(implementation)
-        outputs = compared(row, model, inputs, padding, use_cache=use_cache, **kwargs)
+        outputs = compared(row, model, inputs, **arguments, **kwargs)
         found[path] = outputs, gradients_of(model, weighted_sum(outputs))
     assert [packing is not None for packing in packings[-3:]] == [True, False, False]
-    for path in ("eager", "cache"):
+    for path in ("eager", "ordinary"):
         assert_outputs_near(found[""][0], found[path][0])
         assert_gradients_near(found[""][1], found[path][1])
 
 
 @pytest.mark.parametrize("padding", PADDINGS)
-@pytest.mark.parametrize("option", OPTIONS, ids=name_of)
-@each_model
+@pytest.mark.parametrize("row, option", OPTIONS)
 def test_unpadded_equals_ordinary_and_grad(row, option, padding, packings):
-    model, inputs = row.build(**option).train(), padded_inputs(row, padding)
-    assert_same_as_ordinary(row, model, inputs, packings, padding)
+    model, inputs = build(row, **option), padded_inputs(row, padding)
+    assert_same_as_ordinary(row, model, inputs, packings)
 
 
 @pytest.mark.parametrize("padding", PADDINGS)
 @each_model
 def test_unpadded_types_and_embeddings_equal_ordinary(row, padding, packings):
-    model, inputs = row.build().train(), padded_inputs(row, padding)
+    model, inputs = build(row), padded_inputs(row, padding)
     mask = inputs["attention_mask"]
-    inputs["token_type_ids"] = torch.randint(0, VOCAB, mask.shape)
-    assert_same_as_ordinary(row, model, inputs, packings, padding)
+    inputs["token_type_ids"] = torch.randint(0, getattr(model.config, "type_vocab_size", VOCAB), mask.shape)
+    assert_same_as_ordinary(row, model, inputs, packings)
     ids = inputs.pop("input_ids")
     if row.num_choices is None:
         inputs["inputs_embeds"] = model.get_input_embeddings()(ids).detach()
-        assert_same_as_ordinary(row, model, inputs, packings, padding)
+        assert_same_as_ordinary(row, model, inputs, packings)
 
 
 @pytest.mark.parametrize("padding", PADDINGS)
@@ -476,25 +501,26 @@ def test_unpadded_types_and_embeddings_equal_ordinary(row, padding, packings):
 def test_unpadded_states_are_zero_at_padding(row, padding, packings):
     model, inputs = row.build(), padded_inputs(row, padding)
     inputs.pop(row.index_argument, None)
-    is_padding = inputs["attention_mask"] == 0
-    base = getattr(model, "transformer", model)
+    base = getattr(model, model.base_model_prefix, model)
+    if row.config_class is CustomBertConfig and row.num_choices is not None:
+        inputs = {name: tensor.flatten(0, 1) for name, tensor in inputs.items()}
+    is_padding = torch.nn.functional.pad(inputs["attention_mask"] == 0, (0, row.num_patches))
     outputs = base(**inputs, use_cache=False, output_hidden_states=True)
     assert packings[-1] is not None
-    assert outputs.last_hidden_state.shape == (*is_padding.shape, model.config.n_embd)
+    assert outputs.last_hidden_state.shape == (*is_padding.shape, model.config.hidden_size)
     assert not outputs.last_hidden_state[is_padding].any()
-    assert len(outputs.hidden_states) == model.config.n_layer + 1
+    assert len(outputs.hidden_states) == model.config.num_hidden_layers + 1
     for states in outputs.hidden_states:
         assert not states.view(*is_padding.shape, -1)[is_padding].any() and states.any()
 
 
-# A question's loss is a softmax over all positions, padding among them, of which nothing is said.
 @pytest.mark.parametrize("padding", PADDINGS[:-1])
-@pytest.mark.parametrize("row", [row for row in MODELS[1:] if row is not QUESTION], ids=name_of)
+@pytest.mark.parametrize("row", LABELLED, ids=name_of)
 def test_unpadded_loss_equals_ordinary_and_grad(row, padding, packings):
     model, inputs = row.build().train(), padded_inputs(row, padding)
     labels = real_labels(row, inputs)
     found = []
-    for kwargs in ({}, {"use_cache": True}):
+    for kwargs in ({}, ordinary_path(row)):
         outputs = model(**inputs, **labels, **kwargs)
         loss = outputs.loss if outputs.get("mc_loss") is None else outputs.loss + outputs.mc_loss
         found.append((loss, gradients_of(model, loss)))
@@ -505,9 +531,10 @@ def test_unpadded_loss_equals_ordinary_and_grad(row, padding, packings):
 
 @pytest.mark.parametrize("padding", ["left", "holes", "masked row"])
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_label_after_padding_is_not_predicted(implementation, padding):
-    model, inputs = CAUSAL_LM.build(attn_implementation=implementation).train(), padded_inputs(CAUSAL_LM, padding)
-    mask, labels = inputs["attention_mask"], real_labels(CAUSAL_LM, inputs)["labels"]
+@each_writer
+def test_label_after_padding_is_not_predicted(row, implementation, padding):
+    model, inputs = row.build(attn_implementation=implementation).train(), padded_inputs(row, padding)
+    mask, labels = inputs["attention_mask"], real_labels(row, inputs)["labels"]
     loss = model(**inputs, labels=labels).loss
     logits = model.eval()(**inputs).logits
     expected = labels.clone()
@@ -516,11 +543,28 @@ def test_label_after_padding_is_not_predicted(implementation, padding):
     assert_near(loss, reference.next_token_loss(logits, expected), 1e-6, scale_floor=0.0)
 
 
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["ForMaskedLM", "ForMaskedLM-with-images", "ForPreTraining"])
+def test_masked_token_at_padding_is_not_predicted(name, implementation, padding):
+    row = ROWS[f"CustomBert{name}"]
+    model, inputs = row.build(attn_implementation=implementation), padded_inputs(row, padding)
+    labels, is_padding = inputs["input_ids"], inputs["attention_mask"] == 0
+    assert is_padding.any()
+    outputs = model(**inputs, labels=labels)
+    logits = outputs["prediction_logits" if name == "ForPreTraining" else "logits"]
+    expected = reference.cross_entropy(logits[~is_padding], labels[~is_padding])
+    for losses in (outputs, model.train()(**inputs, labels=labels)):
+        assert_near(losses.loss, expected, 1e-6, scale_floor=0.0)
+
+
 @pytest.mark.parametrize("encoder_padding", [None, "right", "holes", "masked row"])
 @pytest.mark.parametrize("padding", ["left", "right", "masked row"])
-def test_unpadded_cross_attention_equals_ordinary(padding, encoder_padding, packings):
-    model, inputs = CAUSAL_LM.build(add_cross_attention=True, n_layer=2).train(), padded_inputs(CAUSAL_LM, padding)
-    inputs["encoder_hidden_states"] = torch.randn(BATCH, 5, model.config.n_embd)
+@each_writer
+def test_unpadded_cross_attention_equals_ordinary(row, padding, encoder_padding, packings):
+    model = row.build(add_cross_attention=True, num_hidden_layers=2).train()
+    inputs = padded_inputs(row, padding)
+    inputs["encoder_hidden_states"] = torch.randn(BATCH, 5, model.config.hidden_size)
     if encoder_padding is not None:
         masks = {
             "right": [[1] * 5, [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]],
@@ -531,7 +575,7 @@ def test_unpadded_cross_attention_equals_ordinary(padding, encoder_padding, pack
         if encoder_padding == "masked row":
             # What a row without a single state of the encoder reads is said by the unpadded path alone: nothing.
             inputs["attention_mask"][1] = 0
-    assert_same_as_ordinary(CAUSAL_LM, model, inputs, packings)
+    assert_same_as_ordinary(row, model, inputs, packings)
 
 
 # --- Which path ---
@@ -552,7 +596,6 @@ ORDINARY = {
     "cache asked for": lambda model, inputs: model(**inputs, use_cache=True, labels=inputs["input_ids"]),
     "cache by default": lambda model, inputs: model(**inputs),
     "cache given": with_cache,
-    "cache by place": lambda model, inputs: model(inputs.pop("input_ids"), None, **inputs),
     "generate": lambda model, inputs: model.generate(**inputs, max_new_tokens=3, do_sample=False),
     "mask of 4 dimensions": lambda model, inputs: model(
         inputs["input_ids"], attention_mask=torch.ones(BATCH, 1, LENGTH, LENGTH).bool().tril(), use_cache=False
@@ -562,20 +605,28 @@ ORDINARY = {
 
 
 @pytest.mark.parametrize("call", ORDINARY.values(), ids=ORDINARY)
-def test_ordinary_path_is_taken(call, packings):
-    model = CAUSAL_LM.build()
-    call(model, padded_inputs(CAUSAL_LM, "left"))
+@each_writer
+def test_ordinary_path_is_taken(row, call, packings):
+    call(row.build(), padded_inputs(row, "left"))
     assert packings and all(packing is None for packing in packings)
 
 
+def test_cache_by_place_takes_ordinary_path(packings):
+    inputs = padded_inputs(CAUSAL_LM, "left")
+    CAUSAL_LM.build()(inputs.pop("input_ids"), None, **inputs)
+    assert packings == [None]
+
+
 @pytest.mark.parametrize("is_training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("row", [row for row in MODELS[1:] if row is not QUESTION], ids=name_of)
+@pytest.mark.parametrize("row", LABELLED, ids=name_of)
 def test_labels_take_unpadded_path(row, is_training, packings):
     model, inputs = row.build(use_cache=True).train(is_training), padded_inputs(row, "left")
     shapes = []
-    model.transformer.h[0].register_forward_pre_hook(lambda module, args: shapes.append(args[0].shape[:2]))
+    layers = model.transformer.h if row.config_class is CustomGPT2Config else model.bert.encoder.layer
+    layers[0].register_forward_pre_hook(lambda module, args: shapes.append(args[0].shape[:2]))
     outputs = model(**inputs, **real_labels(row, inputs))
-    assert packings[-1] is not None and shapes == [(1, int(inputs["attention_mask"].sum()))]
+    total = int(inputs["attention_mask"].sum()) + BATCH * row.num_patches
+    assert packings[-1] is not None and shapes == [(1, total)]
     assert outputs.get("past_key_values") is None
 
 
@@ -595,11 +646,19 @@ def split_documents(tensor):
 
 
 @each_way
-@each_position
+@pytest.mark.parametrize(
+    "row, option",
+    [
+        *((row, option) for row in GENERATIVE for option in row.positions),
+        # Masked tokens are read from both sides, with the same positions.
+        *((MASKED_LM, option) for option in BERT_CAUSAL_LM.positions),
+    ],
+    ids=name_of,
+)
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_packed_loss_and_grad_equal_each_document_alone(implementation, option, way, packings):
-    model = CAUSAL_LM.build(**option, attn_implementation=implementation)
-    ids = CAUSAL_LM.inputs(batch=2)["input_ids"]
+def test_packed_loss_and_grad_equal_each_document_alone(implementation, row, option, way, packings):
+    model = row.build(**option, attn_implementation=implementation)
+    ids = row.inputs(batch=2)["input_ids"]
     labels = ids.masked_fill(restarting(DOCUMENTS) == 0, -100)
     count = int((labels != -100).sum())
     with torch.no_grad():
@@ -616,11 +675,11 @@ def test_packed_loss_and_grad_equal_each_document_alone(implementation, option, 
 
 
 @each_way
-@pytest.mark.parametrize("row", [row for row in MODELS if row.num_choices is None], ids=name_of)
+@pytest.mark.parametrize("row", [row for row in ROWS.values() if row.num_choices is None], ids=name_of)
 @torch.no_grad()
 def test_changed_document_changes_no_other(row, way):
     model = row.build(pad_token_id=None)
-    base = getattr(model, "transformer", model)
+    base = getattr(model, model.base_model_prefix, model)
     ids = row.inputs(batch=2)["input_ids"]
     states = split_documents(base(ids, use_cache=False, **way(DOCUMENTS)).last_hidden_state)
     ids[0, 5:] = (ids[0, 5:] + 1) % VOCAB
@@ -650,13 +709,11 @@ def _pairs(logits, documents):
 
 # --- Dropout and cost ---
 
-DROPOUT = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "summary_first_dropout", "classifier_dropout")
-
 
 @pytest.mark.parametrize("padding", [None, "left"])
-@pytest.mark.parametrize("row", MODELS[1:], ids=name_of)
+@pytest.mark.parametrize("row", [*LABELLED, QUESTION], ids=name_of)
 def test_seed_repeats_dropout_exactly(row, padding):
-    model = row.build(**dict.fromkeys(DROPOUT, 0.1)).train()
+    model = row.build(**dict.fromkeys(row.config_class.probabilities, 0.1)).train()
     inputs = padded_inputs(row, padding) if padding else row.inputs()
     labels = real_labels(row, inputs)
     found = []
@@ -680,8 +737,9 @@ FORMULAS = {
 }
 
 
-def operations_of_step(model, input_ids, attention_mask=None):
-    labels = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, -100)
+def operations_of_step(model, input_ids, attention_mask=None, labels=None):
+    if labels is None:
+        labels = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, -100)
     with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
         model(input_ids, attention_mask=attention_mask, labels=labels).loss.backward()
     found = counter.get_flop_counts()["Global"]
@@ -690,8 +748,9 @@ def operations_of_step(model, input_ids, attention_mask=None):
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
-def test_padding_costs_no_operations(padding):
-    model = CAUSAL_LM.build(n_embd=64, n_layer=2).train()
+@pytest.mark.parametrize("row", [CAUSAL_LM, MASKED_LM], ids=name_of)
+def test_padding_costs_no_operations(row, padding):
+    model = row.build(hidden_size=64, num_hidden_layers=2).train()
     batch, length, real = 16, 32, 8
     ids, mask = torch.randint(0, VOCAB, (batch, length)), torch.zeros(batch, length, dtype=torch.long)
     columns = slice(length - real, None) if padding == "left" else slice(0, real)
@@ -700,6 +759,19 @@ def test_padding_costs_no_operations(padding):
     alone = operations_of_step(model, ids[:, columns])
     assert padded <= 0.3 * full
     assert abs(padded - alone) <= 0.02 * alone
+
+
+@pytest.mark.parametrize("name", ["ForMaskedLM", "ForPreTraining"])
+def test_masked_lm_head_computes_labelled_positions_alone(name):
+    row = ROWS[f"CustomBert{name}"]
+    model, ids = row.build().train(), row.inputs()["input_ids"]
+    width, found = model.config.hidden_size, []
+    for count in (1, 3, LENGTH):
+        labels = ids.masked_fill(torch.arange(LENGTH) >= count, -100)
+        found.append(operations_of_step(model, ids, labels=labels))
+    # Forwards and to both gradients: the transform and the vocabulary's logits, two operations a weight.
+    each = 3 * 2 * (width * width + width * VOCAB) * BATCH
+    assert [operations - found[0] for operations in found] == [0, 2 * each, (LENGTH - 1) * each]
 
 
 # --- Documents to rows ---

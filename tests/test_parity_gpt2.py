@@ -1,15 +1,20 @@
 """Our GPT-2 against stock GPT-2 with the same weights: every head and option, saved folders, generation."""
 
 import json
-import logging
-import warnings
-from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
-import transformers
-from reference import assert_gradients_near, assert_near, assert_outputs_near, gradients_of, real_outputs, weighted_sum
+from parity import (
+    DECODING,
+    assert_agree,
+    assert_generate_alike,
+    assert_same_weights,
+    draw_encoder,
+    load_fully,
+    pair,
+    with_positions,
+)
+from reference import assert_near, assert_outputs_near, real_outputs
 from safetensors.torch import save_file
 from tiny import BATCH, LABELS, LENGTH, MODELS, VOCAB, name_of
 from transformers import GPT2Config, Trainer, TrainingArguments
@@ -20,50 +25,25 @@ PADDINGS = [None, "left", "right"]
 ROWS = {row.name.removeprefix("CustomGPT2"): row for row in MODELS}
 
 
-@dataclass(frozen=True)
-class Pair:
-    """A stock class, the row of our class in tiny.MODELS, and the fields and labels that pose one problem to both."""
-
-    stock_class: type
-    row: Any
-    fields: dict
-    draw_labels: Any
-
-    def build(self, **options):
-        """Ours with wide weights, and stock with the same."""
-        fields = {**self.fields, **options}
-        attn_implementation = fields.pop("attn_implementation", "eager")
-        ours = self.row.build(**fields, attn_implementation=attn_implementation)
-        config = GPT2Config(**{**self.row.fields, **fields})
-        stock = self.stock_class._from_config(config, attn_implementation=attn_implementation).eval()
-        stock.load_state_dict(ours.state_dict(), strict=True)
-        return ours, stock
-
-
-def pair(stock_name, our_name, fields=None, draw_labels=None):
-    row = ROWS[our_name]
-    return Pair(getattr(transformers, stock_name), row, fields or {}, draw_labels or row.draw_labels)
-
-
 HEADS = {
-    "base": pair("GPT2Model", "Model"),
-    "language": pair("GPT2LMHeadModel", "ForCausalLM"),
-    "choices": pair("GPT2DoubleHeadsModel", "DoubleHeadsModel"),
-    "single-label": pair("GPT2ForSequenceClassification", "ForSequenceClassification"),
+    "base": pair("GPT2Model", ROWS["Model"]),
+    "language": pair("GPT2LMHeadModel", ROWS["ForCausalLM"]),
+    "choices": pair("GPT2DoubleHeadsModel", ROWS["DoubleHeadsModel"]),
+    "single-label": pair("GPT2ForSequenceClassification", ROWS["ForSequenceClassification"]),
     "regression": pair(
         "GPT2ForSequenceClassification",
-        "ForSequenceClassification",
+        ROWS["ForSequenceClassification"],
         {"num_labels": 1},
         lambda b, t: {"labels": torch.randn(b)},
     ),
     "multi-label": pair(
         "GPT2ForSequenceClassification",
-        "ForSequenceClassification",
+        ROWS["ForSequenceClassification"],
         {},
         lambda b, t: {"labels": torch.randint(0, 2, (b, LABELS)).float()},
     ),
-    "token": pair("GPT2ForTokenClassification", "ForTokenClassification"),
-    "question": pair("GPT2ForQuestionAnswering", "ForQuestionAnswering"),
+    "token": pair("GPT2ForTokenClassification", ROWS["ForTokenClassification"]),
+    "question": pair("GPT2ForQuestionAnswering", ROWS["ForQuestionAnswering"]),
 }
 CROSS_ATTENTION = {"add_cross_attention": True}
 OPTIONS = [
@@ -83,19 +63,6 @@ OPTIONS = [
 EXTRA_INPUTS = ["token_type_ids", "inputs_embeds"]
 
 
-def draw_encoder(rows, width):
-    """States of another model, the last of them padding in every row but the first."""
-    mask = torch.ones(rows, 5, dtype=torch.long)
-    mask[1:, -2:] = 0
-    return {"encoder_hidden_states": torch.randn(rows, 5, width), "encoder_attention_mask": mask}
-
-
-def for_stock(inputs):
-    """The same, with the positions that stock does not count itself."""
-    mask = inputs["attention_mask"].flatten(end_dim=-2)
-    return {**inputs, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
-
-
 def draw_real_labels(head, inputs, padding):
     """Labels of real tokens that real tokens predict; none where the loss itself reads all positions."""
     if head == "question" and padding is not None:
@@ -104,23 +71,6 @@ def draw_real_labels(head, inputs, padding):
     if head in ("language", "choices"):
         is_real = is_real & torch.nn.functional.pad(is_real[..., :-1], (1, 0), value=False)
     return {k: v.masked_fill(~is_real, -100) if v.shape == is_real.shape else v for k, v in labels.items()}
-
-
-def assert_agree(ours, stock, inputs, labels):
-    """Outputs, hidden states and attention maps at real positions; losses; the gradient of every parameter."""
-    asked = {"output_hidden_states": True, "output_attentions": ours.config._attn_implementation == "eager"}
-    outputs = real_outputs(ours, inputs, **asked)
-    expected_outputs = real_outputs(stock, for_stock(inputs), **asked)
-    assert_outputs_near(outputs, expected_outputs)
-    if labels:
-        outputs, expected_outputs = ours.train()(**inputs, **labels), stock.train()(**for_stock(inputs), **labels)
-        names = [name for name in expected_outputs if name.endswith("loss")]
-        for name in names:
-            assert_near(outputs[name], expected_outputs[name], 1e-6, name, scale_floor=0.0)
-        objective, expected = (sum(found[name] for name in names) for found in (outputs, expected_outputs))
-    else:
-        objective, expected = weighted_sum(outputs), weighted_sum(expected_outputs)
-    assert_gradients_near(gradients_of(ours, objective), gradients_of(stock, expected))
 
 
 @pytest.mark.parametrize("padding", PADDINGS)
@@ -222,19 +172,6 @@ def test_summary_of_choices_is_summary_of_each(summary_type):
 # --- Saved folders ---
 
 
-def load_fully(model_class, folder):
-    model, report = model_class.from_pretrained(folder, output_loading_info=True)
-    assert {name: list(keys) for name, keys in report.items() if keys} == {}
-    return model
-
-
-def assert_same_weights(actual, expected):
-    actual, expected = actual.state_dict(), expected.state_dict()
-    assert actual.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert actual[name].dtype == tensor.dtype and torch.equal(actual[name], tensor), name
-
-
 @pytest.mark.parametrize("option", [{}, {"tie_word_embeddings": False}, CROSS_ATTENTION], ids=name_of)
 @pytest.mark.parametrize("head", HEADS)
 def test_state_dict_loads_strictly_both_ways(head, option):
@@ -253,7 +190,7 @@ def test_stock_folder_loads_in_ours(head, tmp_path):
     loaded = load_fully(type(ours), tmp_path)
     assert_same_weights(loaded, ours)
     inputs = HEADS[head].row.indexed_inputs("left")
-    assert_outputs_near(real_outputs(loaded, inputs), real_outputs(stock, for_stock(inputs)))
+    assert_outputs_near(real_outputs(loaded, inputs), real_outputs(stock, with_positions(inputs)))
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -263,7 +200,7 @@ def test_our_folder_loads_in_stock(head, tmp_path):
     loaded = load_fully(type(stock), tmp_path)
     assert_same_weights(loaded, stock)
     inputs = HEADS[head].row.indexed_inputs("left")
-    assert_outputs_near(real_outputs(loaded, for_stock(inputs)), real_outputs(ours, inputs))
+    assert_outputs_near(real_outputs(loaded, with_positions(inputs)), real_outputs(ours, inputs))
 
 
 @pytest.mark.parametrize("to_ours", [True, False])
@@ -313,20 +250,6 @@ PUBLISHED = {
     "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
     "vocab_size": 50257,
 }
-
-
-@pytest.fixture
-def records():
-    """What the host logs at warning or above while the test runs, Python's warnings being errors."""
-    found = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: found.append(record.getMessage())
-    logger = logging.getLogger("transformers")
-    logger.addHandler(handler)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield found
-    logger.removeHandler(handler)
 
 
 def test_published_config_loads_silently(records, tmp_path):
@@ -385,21 +308,8 @@ def test_missing_and_unknown_weights_are_reported(records, tmp_path):
 
 # --- Generation ---
 
-DECODING = {
-    "greedy": {"do_sample": False, "max_new_tokens": 64},
-    "beam": {"do_sample": False, "max_new_tokens": 20, "num_beams": 4},
-    "sample": {"do_sample": True, "max_new_tokens": 20, "temperature": 1.5, "top_k": 30, "top_p": 0.9},
-}
 # Wide tied weights mostly repeat the last token.
 WRITERS = [{}, {"tie_word_embeddings": False, "attn_implementation": "sdpa"}, CROSS_ATTENTION]
-
-
-def assert_generate_alike(ours, stock, inputs, **decoding):
-    transformers.set_seed(1)
-    expected = stock.generate(**inputs, **decoding)
-    transformers.set_seed(1)
-    assert torch.equal(ours.generate(**inputs, **decoding), expected)
-    return expected
 
 
 @pytest.mark.parametrize("padding", [None, "left"])

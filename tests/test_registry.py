@@ -8,14 +8,19 @@ from importlib import import_module
 import pytest
 import torch
 import transformers
-from tiny import MODELS, name_of, tokenizer, widen
-from transformers import AutoConfig, AutoTokenizer, GPT2Config, GPT2Tokenizer
+from tiny import MODELS, VISION, name_of, tokenizer, widen
+from transformers import AutoConfig, AutoTokenizer, BertConfig, Blip2VisionConfig, GPT2Config, GPT2Tokenizer
 
 import hf_custom
 from hf_custom.registry import FAMILIES
 
 # Stock configuration by family; its tiny fields are those of the family's rows that stock declares too.
-STOCK = {hf_custom.CustomGPT2Config: GPT2Config}
+STOCK = {
+    hf_custom.CustomGPT2Config: GPT2Config,
+    hf_custom.CustomBertConfig: BertConfig,
+    hf_custom.CustomBlip2VisionConfig: Blip2VisionConfig,
+}
+TOKENIZERS = dict(FAMILIES)
 AUTO = [
     pytest.param(config_class, auto_name, reference, id=f"{config_class.__name__}-{auto_name}")
     for config_class, _ in FAMILIES
@@ -24,14 +29,21 @@ AUTO = [
 AUTO_MODELS = [row for row in AUTO if row.values[1] != "AutoConfig"]
 each_auto = pytest.mark.parametrize(("config_class", "auto_name", "reference"), AUTO)
 each_auto_model = pytest.mark.parametrize(("config_class", "auto_name", "reference"), AUTO_MODELS)
+# Those for which stock has a class too.
+STEERED = [
+    row for row in AUTO_MODELS if STOCK[row.values[0]] in getattr(transformers, row.values[1])._model_mapping.keys()
+]
 
 
 def tiny_config(config_class):
+    if config_class is hf_custom.CustomBlip2VisionConfig:
+        return config_class(**{**VISION, "image_size": 8})
     return next(row for row in MODELS if row.config_class is config_class).config()
 
 
 def stock_config(config_class):
-    declared = tiny_config(config_class).to_dict()
+    # Two labels, as stock's question answering needs.
+    declared = {**tiny_config(config_class).to_dict(), "id2label": {0: "a", 1: "b"}, "label2id": {"a": 0, "b": 1}}
     stock = STOCK[config_class]
     return stock(**{name: value for name, value in declared.items() if name in stock().to_dict() and value is not None})
 
@@ -126,17 +138,26 @@ def stock_folder(config_class, auto_name, folder):
     return model
 
 
-@each_auto_model
+def draw_batch(config_class, auto_name, folder):
+    """What the model of a folder reads."""
+    if TOKENIZERS[config_class] is None:
+        return {"pixel_values": torch.randn(2, 3, 8, 8)}
+    tokens = AutoTokenizer.from_pretrained(folder)(["the cat", "that hat!"], padding=True, return_tensors="pt")
+    return {name: tensor[None] if "MultipleChoice" in auto_name else tensor for name, tensor in tokens.items()}
+
+
+@pytest.mark.parametrize(("config_class", "auto_name", "reference"), STEERED)
 def test_stock_checkpoint_is_steered_here_and_back(config_class, auto_name, reference, tmp_path, restored):
     auto_class, stock = getattr(transformers, auto_name), stock_folder(config_class, auto_name, tmp_path)
-    tokens = AutoTokenizer.from_pretrained(tmp_path)(["the cat", "that hat!"], padding=True, return_tensors="pt")
-    expected = stock(**tokens)
+    batch = draw_batch(config_class, auto_name, tmp_path)
+    mask = batch.get("attention_mask")
+    expected = stock(**batch)
     for replace in (True, True, False, False, True):
         hf_custom.register(replace_stock=replace)
         model, report = auto_class.from_pretrained(tmp_path, output_loading_info=True)
         assert not any(report.values()), report
-        assert type(AutoTokenizer.from_pretrained(tmp_path)) is GPT2Tokenizer
-        assert AutoTokenizer.from_pretrained(tmp_path)(["the cat"]).input_ids == [tokens.input_ids[0][:6].tolist()]
+        found = AutoTokenizer.from_pretrained(tmp_path)
+        assert type(found) is GPT2Tokenizer and found(["the cat"]) == tokenizer()(["the cat"])
         config = AutoConfig.from_pretrained(tmp_path)
         if replace:
             assert f"{type(model).__module__}.{type(model).__name__}" == f"hf_custom.{reference}"
@@ -144,10 +165,10 @@ def test_stock_checkpoint_is_steered_here_and_back(config_class, auto_name, refe
         else:
             assert type(model) is type(stock)
             assert type(config) is type(model.config) is type(stock.config)
-        outputs = model(**tokens)
+        outputs = model(**batch)
         for name, value in expected.items():
             if isinstance(value, torch.Tensor):
-                real = tokens.attention_mask.bool() if value.shape[:2] == tokens.input_ids.shape else slice(None)
+                real = slice(None) if mask is None or value.shape[:2] != mask.shape else mask.bool()
                 torch.testing.assert_close(outputs[name][real], value[real])
 
 
@@ -163,12 +184,12 @@ def save_nameless_tokenizer(folder):
 def test_tokenizer_of_a_saved_model_is_found_without_trust(row, tmp_path):
     row.build().save_pretrained(tmp_path)
     save_nameless_tokenizer(tmp_path)
-    assert type(AutoTokenizer.from_pretrained(tmp_path)) is GPT2Tokenizer
+    assert type(AutoTokenizer.from_pretrained(tmp_path)) is TOKENIZERS[row.config_class]
 
 
-@pytest.mark.parametrize("config_class", STOCK)
+@pytest.mark.parametrize("config_class", [config_class for config_class, known in FAMILIES if known is not None])
 def test_tokenizer_of_a_steered_checkpoint_is_found(config_class, tmp_path, restored):
     stock_folder(config_class, "AutoModelForCausalLM", tmp_path)
     save_nameless_tokenizer(tmp_path)
     hf_custom.register(replace_stock=True)
-    assert type(AutoTokenizer.from_pretrained(tmp_path)) is GPT2Tokenizer
+    assert type(AutoTokenizer.from_pretrained(tmp_path)) is TOKENIZERS[config_class]

@@ -1,8 +1,11 @@
 """The table that the conformance suite runs over: one row a model class, with a tiny configuration and its inputs.
 
-A new family is added here, by rows in `MODELS` and in `OPTIONS`, and by nothing else.
+A new family is added here, by rows in `MODELS` and in `OPTIONS`, and by nothing else. Classes that read text alone or
+with an image have a second row in `VARIANTS`.
 """
 
+import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,6 +13,7 @@ import torch
 from transformers import GPT2Tokenizer
 
 import hf_custom
+from hf_custom.configuration_bert import CustomBertConfig
 from hf_custom.configuration_gpt2 import CustomGPT2Config
 
 BATCH, LENGTH, VOCAB, LABELS = 3, 11, 99, 3
@@ -31,6 +35,33 @@ GPT2 = {
     "classifier_dropout": 0.0,
 }
 
+BERT = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    "type_vocab_size": 3,
+    "bos_token_id": 97,
+    "eos_token_id": 97,
+    "pad_token_id": 98,
+    "num_labels": LABELS,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+DECODER = {**BERT, "is_decoder": True}
+# Images of two rows and three columns of patches.
+VISION = {
+    "hidden_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 40,
+    "image_size": (8, 12),
+    "patch_size": 4,
+}
+BERT_WITH_IMAGES = {**BERT, "vision_config": VISION}
+
 
 @dataclass(frozen=True)
 class TinyModel:
@@ -44,12 +75,37 @@ class TinyModel:
     # The argument that names the position standing for a sequence; the last one, padding or not, when not passed.
     index_argument: str | None = None
     is_generative: bool = False
+    # What to vary instead of all `OPTIONS` of the configuration, for a head on a body that another row varies.
+    head_options: tuple[dict, ...] | None = None
+    variant: str = ""
 
     @property
     def name(self) -> str:
-        return self.model_class.__name__
+        return self.model_class.__name__ + self.variant
+
+    @property
+    def options(self) -> list[dict]:
+        """Fields to vary, one at a time."""
+        return OPTIONS[self.config_class] if self.head_options is None else list(self.head_options)
+
+    @property
+    def positions(self) -> list[dict]:
+        """Those of them that vary the positions."""
+        return [option for option in self.options if not option or "position_embedding_type" in option]
+
+    @property
+    def has_cache(self) -> bool:
+        return self.fields.get("is_decoder", self.config_class is CustomGPT2Config)
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of an image behind the text, the class token included."""
+        vision_config = self.config().vision_config if "vision_config" in self.fields else None
+        return 0 if vision_config is None else 1 + math.prod(vision_config.grid)
 
     def config(self, **overrides):
+        """The configuration, with some fields replaced, each by its own name or by the host's standard one."""
+        overrides = {self.config_class.attribute_map.get(name, name): value for name, value in overrides.items()}
         return self.config_class(**{**self.fields, **overrides})
 
     def build(self, **overrides):
@@ -59,17 +115,23 @@ class TinyModel:
         return widen(model).eval()
 
     def inputs(self, batch: int = BATCH, length: int = LENGTH, padding: str | None = None) -> dict[str, torch.Tensor]:
-        """Ids without special tokens and, for `padding` left or right, a mask that shortens every row but the first."""
+        """Ids without special tokens and, for `padding` left or right, a mask that shortens every row but the first.
+
+        An image a row comes with them where the model reads any.
+        """
         lead = (batch,) if self.num_choices is None else (batch, self.num_choices)
         input_ids = torch.randint(0, VOCAB - 2, (*lead, length))
+        images = {}
+        if "vision_config" in self.fields:
+            images["pixel_values"] = torch.randn(batch, 3, *VISION["image_size"])
         if padding is None:
-            return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+            return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), **images}
         rows = input_ids.view(-1, length).shape[0]
         lengths = torch.tensor([length - 2 * row % (length - 1) for row in range(rows)])
         columns = torch.arange(length)
         mask = columns < lengths[:, None] if padding == "right" else columns >= length - lengths[:, None]
         mask = mask.view_as(input_ids)
-        return {"input_ids": input_ids.masked_fill(~mask, VOCAB - 1), "attention_mask": mask.long()}
+        return {"input_ids": input_ids.masked_fill(~mask, VOCAB - 1), "attention_mask": mask.long(), **images}
 
     def indexed_inputs(self, padding: str | None = None) -> dict[str, torch.Tensor]:
         """The inputs and, for a class that takes one, the last real position of each sequence."""
@@ -78,12 +140,22 @@ class TinyModel:
             inputs[self.index_argument] = (inputs["attention_mask"] * torch.arange(LENGTH)).argmax(-1)
         return inputs
 
+    @staticmethod
+    def alone(inputs: dict[str, torch.Tensor], index: tuple[int, ...]) -> dict[str, torch.Tensor]:
+        """One sequence of the inputs without its padding, and its image."""
+        ids = inputs["input_ids"][index][inputs["attention_mask"][index].bool()]
+        found = {"input_ids": ids.view(*(1 for _ in index), -1)}
+        if "pixel_values" in inputs:
+            found["pixel_values"] = inputs["pixel_values"][index][None]
+        return found
+
 
 def widen(model, std: float = 0.2):
     """Draw every parameter with standard deviation `std`: at the usual 0.02 a wrong activation would go unseen."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            torch.nn.init.normal_(parameter, mean=1.0 if "ln_" in name and name.endswith("weight") else 0.0, std=std)
+            is_norm = re.search(r"(ln_\w+|norm\d?)\.weight$", name, re.IGNORECASE)
+            torch.nn.init.normal_(parameter, mean=1.0 if is_norm else 0.0, std=std)
     return model
 
 
@@ -97,6 +169,24 @@ def tokenizer(**kwargs) -> GPT2Tokenizer:
 def _ids(batch, length):
     return torch.randint(0, VOCAB, (batch, length))
 
+
+def _masked(batch, length):
+    """Labels of masked tokens: every third position has none."""
+    return _ids(batch, length).masked_fill(torch.arange(length) % 3 == 1, -100)
+
+
+def _classes(count):
+    """Labels of sequences, of `count` classes."""
+    return lambda b, t: {"labels": torch.randint(0, count, (b,))}
+
+
+def _answer(batch, length):
+    return {name: torch.randint(0, length, (batch,)) for name in ("start_positions", "end_positions")}
+
+
+UNTIED = {"tie_word_embeddings": False}
+MLP = {"classifier_hidden_size": 24}
+WITHOUT_TOWER = {"vision_config": {**VISION, "num_hidden_layers": 0}}
 
 MODELS = [
     TinyModel(hf_custom.CustomGPT2Model, CustomGPT2Config, GPT2, lambda b, t: {}),
@@ -129,6 +219,71 @@ MODELS = [
         num_choices=2,
         index_argument="mc_token_ids",
     ),
+    TinyModel(hf_custom.CustomBertModel, CustomBertConfig, BERT, lambda b, t: {}),
+    TinyModel(
+        hf_custom.CustomBertForPreTraining,
+        CustomBertConfig,
+        BERT,
+        lambda b, t: {"labels": _masked(b, t), "next_sentence_label": torch.randint(0, 2, (b,))},
+        head_options=({}, UNTIED),
+    ),
+    TinyModel(
+        hf_custom.CustomBertForMaskedLM,
+        CustomBertConfig,
+        BERT,
+        lambda b, t: {"labels": _masked(b, t)},
+        head_options=({}, UNTIED),
+    ),
+    TinyModel(
+        hf_custom.CustomBertForCausalLM,
+        CustomBertConfig,
+        DECODER,
+        lambda b, t: {"labels": _ids(b, t)},
+        is_generative=True,
+    ),
+    TinyModel(hf_custom.CustomBertForNextSentencePrediction, CustomBertConfig, BERT, _classes(2), head_options=({},)),
+    TinyModel(
+        hf_custom.CustomBertForSequenceClassification,
+        CustomBertConfig,
+        BERT,
+        _classes(LABELS),
+        head_options=({}, MLP),
+    ),
+    TinyModel(
+        hf_custom.CustomBertForMultipleChoice, CustomBertConfig, BERT, _classes(2), num_choices=2, head_options=({},)
+    ),
+    TinyModel(
+        hf_custom.CustomBertForTokenClassification,
+        CustomBertConfig,
+        BERT,
+        lambda b, t: {"labels": torch.randint(0, LABELS, (b, t))},
+        head_options=({},),
+    ),
+    TinyModel(hf_custom.CustomBertForQuestionAnswering, CustomBertConfig, BERT, _answer, head_options=({},)),
+    TinyModel(
+        hf_custom.CustomBertForVisualQuestionAnswering,
+        CustomBertConfig,
+        BERT_WITH_IMAGES,
+        _classes(LABELS),
+        head_options=({}, MLP, {"position_embedding_type": "relative_key_query"}, {"position_embedding_type": "rope"}),
+    ),
+    TinyModel(
+        hf_custom.CustomBertForImageTextRetrieval,
+        CustomBertConfig,
+        {**BERT, **WITHOUT_TOWER},
+        _classes(2),
+        head_options=({},),
+    ),
+]
+VARIANTS = [
+    TinyModel(
+        hf_custom.CustomBertForMaskedLM,
+        CustomBertConfig,
+        BERT_WITH_IMAGES,
+        lambda b, t: {"labels": _masked(b, t)},
+        head_options=({}, WITHOUT_TOWER),
+        variant="-with-images",
+    ),
 ]
 
 # Fields to vary, one at a time, on every model whose configuration has them. `position_embedding_type` is ours; the
@@ -145,8 +300,20 @@ OPTIONS = {
         {"activation_function": "relu"},
         {"activation_function": "gelu"},
         {"layer_norm_epsilon": 0.1},
-        {"tie_word_embeddings": False},
-    ]
+        UNTIED,
+    ],
+    CustomBertConfig: [
+        {},
+        {"position_embedding_type": "sinusoidal"},
+        {"position_embedding_type": "rope"},
+        {"position_embedding_type": "relative_key"},
+        {"position_embedding_type": "relative_key_query"},
+        {"hidden_act": "relu"},
+        {"hidden_act": "gelu_new"},
+        {"layer_norm_eps": 0.1},
+        {"chunk_size_feed_forward": 4},
+        UNTIED,
+    ],
 }
 
 
@@ -155,5 +322,5 @@ def name_of(value) -> str:
     if isinstance(value, TinyModel):
         return value.name
     if isinstance(value, dict):
-        return "-".join(f"{key}={item}" for key, item in value.items()) or "default"
+        return "-".join(f"{key}={name_of(item)}" for key, item in value.items()) or "default"
     return str(value)

@@ -47,6 +47,44 @@ class DataArguments:
 
 
 @dataclass
+class TableArguments:
+    """Rows of named columns to train on. With nothing named: a data set made of Python's language reference."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "data set of the Hub"})
+    dataset_config: str | None = field(default=None, metadata={"help": "its configuration"})
+    files: list[str] | None = field(
+        default=None, metadata={"help": "local files or folders: csv, tsv, json, jsonl or parquet"}
+    )
+    validation_files: list[str] | None = field(default=None, metadata={"help": "held-out files; else a share is split"})
+    test_files: list[str] | None = field(default=None, metadata={"help": "files for the score of the finished model"})
+    validation_fraction: float = field(default=0.1, metadata={"help": "share of the rows to hold out"})
+    max_length: int = field(default=128, metadata={"help": "tokens of a row; longer ones are cut"})
+    max_train_rows: int | None = field(default=None, metadata={"help": "rows to train on, drawn with the seed"})
+
+    def __post_init__(self):
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(f"--validation_fraction is {self.validation_fraction} but a share lies between 0 and 1.")
+        if self.max_length < 4:
+            raise ValueError(f"--max_length is {self.max_length} but a row needs at least 4 tokens.")
+        if self.max_train_rows is not None and self.max_train_rows < 1:
+            raise ValueError(f"--max_train_rows is {self.max_train_rows} but must be at least 1 row.")
+        if (self.validation_files or self.test_files) and not (self.files or self.dataset_name):
+            raise ValueError("--validation_files or --test_files were given without rows to train on. Name --files.")
+
+    def description(self, embedded: str) -> str:
+        """The data in words, for the model card.
+
+        Args:
+            embedded: what it is when nothing is named.
+        """
+        if self.dataset_name:
+            return f"the data set `{self.dataset_name}`" + (f" ({self.dataset_config})" if self.dataset_config else "")
+        if self.files:
+            return "local rows: " + ", ".join(f"`{Path(file).name}`" for file in self.files)
+        return embedded
+
+
+@dataclass
 class ModelArguments:
     """What to train: a checkpoint to go on from, or a named size to start from nothing."""
 
@@ -71,6 +109,9 @@ class ModelArguments:
 class RunArguments(TrainingArguments):
     """How to train: the host's own arguments, and what it lacks."""
 
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "highest learning rate; chosen for a checkpoint or a new model when not given"}
+    )
     resume: bool = field(
         default=False, metadata={"help": "go on from the newest checkpoint in the output folder, if there is one"}
     )

@@ -5,14 +5,20 @@ carries: the language reference behind `help()`, so that scripts and tests need 
 """
 
 import codecs
+import csv
+import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
+from datasets.exceptions import DatasetGenerationError
+
+from training.args import TableArguments
 
 # File endings by the builder of `datasets` that reads them.
 BUILDERS = {
@@ -27,7 +33,7 @@ BUILDERS = {
 }
 # With fewer rows than this a split by rows would be all or nothing, so every document gives its own end instead.
 FEWEST_ROWS_TO_SPLIT = 20
-# Column that remembers the place of ready-made ids in the data as given, for a message about one of them.
+# Column that remembers the place of a row in the data as given, for a message about it.
 ROW = "row_of_the_data"
 
 
@@ -109,21 +115,68 @@ def check_text_file(file: str) -> None:
         raise ValueError(f"{file} is empty. Give a file with text in it.")
 
 
+def check_table_file(file: str) -> None:
+    """Refuse a csv, tsv or jsonl file with a broken row.
+
+    A row with too few fields would be filled up and an open quote would swallow the rows after it, both in silence.
+
+    Raises:
+        ValueError: naming the file, the row (from 0, header and blank lines not counted) and its line.
+    """
+    row = -1
+    with open(file, encoding="utf-8-sig", newline="") as stream:
+        if file.lower().endswith(".jsonl"):
+            for line, text in enumerate(stream, start=1):
+                if text.strip():
+                    row += 1
+                    try:
+                        json.loads(text)
+                    except json.JSONDecodeError as error:
+                        raise ValueError(f"{file}: row {row} (line {line}) is not JSON: {error}. Mend it.") from None
+            return
+        csv.field_size_limit(2**31 - 1)
+        lines = csv.reader(stream, delimiter="\t" if file.lower().endswith(".tsv") else ",", strict=True)
+        header, start = None, 1
+        try:
+            for fields in lines:
+                if header is None:
+                    header = fields or None
+                elif fields:
+                    row += 1
+                    if len(fields) != len(header):
+                        raise ValueError(
+                            f"{file}: row {row} (line {start}) has {len(fields)} fields but the header has "
+                            f"{len(header)}. Mend it, or put quotes around a field that holds the separator."
+                        )
+                start = lines.line_num + 1
+        except csv.Error as error:
+            raise ValueError(
+                f"{file}: row {row + 1} (line {start}) has an unbalanced quote ({error}). Close it, or double it."
+            ) from None
+    if row < 0:
+        raise ValueError(f"{file} has a header but no rows. Give a file with rows in it.")
+
+
 def load_files(paths: Iterable[str], streaming: bool = False) -> Dataset | IterableDataset:
     """Rows of local files: one row a file for text, the file's own rows for csv, tsv, json, jsonl and parquet."""
     builder, files = find_files(paths)
     if builder != "parquet":
         for file in files:
             check_text_file(file)
+            if file.lower().endswith((".csv", ".tsv", ".jsonl")):
+                check_table_file(file)
     options = {}
     if builder == "text":
         options = {"sample_by": "document"}
     elif builder == "csv":
-        separators = {"\t" if file.endswith(".tsv") else "," for file in files}
+        separators = {"\t" if file.lower().endswith(".tsv") else "," for file in files}
         if len(separators) > 1:
             raise ValueError("csv and tsv files were given together. Pass one format.")
         options = {"sep": separators.pop(), "keep_default_na": False}
-    return load_dataset(builder, data_files=files, split="train", streaming=streaming, **options)
+    try:
+        return load_dataset(builder, data_files=files, split="train", streaming=streaming, **options)
+    except DatasetGenerationError as error:
+        raise ValueError(f"{', '.join(files)} cannot be read as {builder}: {error.__cause__ or error}") from None
 
 
 def check_column(rows: Dataset | IterableDataset, column: str) -> None:
@@ -194,6 +247,86 @@ def load_text(
         return split_held_out(rows, column, validation_fraction, seed)
     check_column(validation, column)
     return (IterableDatasetDict if streaming else DatasetDict)(train=rows, validation=validation)
+
+
+def load_table_files(paths: list[str]) -> Dataset:
+    """Rows of local files that hold tables."""
+    builder, files = find_files(paths)
+    if builder == "text":
+        raise ValueError(f"{files[0]} is plain text, which has no columns. Give csv, tsv, json, jsonl or parquet.")
+    rows = load_files(paths)
+    if len(rows) == 0:
+        raise ValueError(f"{', '.join(files)}: the table has no rows. Give a file with rows in it.")
+    return rows
+
+
+def load_tables(args: TableArguments, embedded: Callable[[], Dataset], seed: int) -> DatasetDict:
+    """Splits `train`, `validation` and, where there is one, `test` of the rows that the arguments name.
+
+    A validation split that is missing is drawn from the training rows with `seed`. Where rows were drawn, column `ROW`
+    tells their place in the data as given.
+
+    Args:
+        embedded: makes the rows when nothing is named.
+    """
+    if args.dataset_name is not None:
+        found = load_dataset(args.dataset_name, args.dataset_config)
+        if "train" not in found:
+            raise ValueError(f"data set {args.dataset_name} has no split `train`; it has {', '.join(found)}.")
+        splits = {name: found[name] for name in ("train", "validation", "test") if name in found}
+    else:
+        splits = {"train": load_table_files(args.files) if args.files else embedded()}
+    for name, files in (("validation", args.validation_files), ("test", args.test_files)):
+        if files:
+            splits[name] = load_table_files(files)
+    for name, rows in splits.items():
+        if len(rows) == 0:
+            raise ValueError(f"split `{name}` of the data has no rows.")
+    rows = splits["train"]
+    if "validation" not in splits:
+        if len(rows) < 2:
+            raise ValueError("one row cannot be split. Give more, or name --validation_files.")
+        parts = rows.add_column(ROW, range(len(rows))).train_test_split(test_size=args.validation_fraction, seed=seed)
+        splits |= {"train": parts["train"], "validation": parts["test"]}
+    if args.max_train_rows is not None and args.max_train_rows < len(splits["train"]):
+        rows = splits["train"] if ROW in splits["train"].column_names else rows.add_column(ROW, range(len(rows)))
+        splits["train"] = rows.shuffle(seed=seed).select(range(args.max_train_rows))
+    return DatasetDict({name: splits[name] for name in ("train", "validation", "test") if name in splits})
+
+
+def row_of_the_data(rows: Dataset, index: int) -> int:
+    """Place of `rows[index]` in the data as given."""
+    return rows[index][ROW] if ROW in rows.column_names else index
+
+
+def check_columns(rows: Dataset, columns: dict[str, str], where: str = "the data") -> None:
+    """Refuse rows without the columns to train on, or with nothing in one of them.
+
+    Args:
+        columns: name of the column by the flag that names it.
+        where: the rows in words.
+    """
+    names = [name for name in rows.column_names if name != ROW]
+    for flag, column in columns.items():
+        if column not in names:
+            raise ValueError(
+                f"{where} has no column `{column}`; its columns are {', '.join(names)}. "
+                f"Name the right one with --{flag.lstrip('-')}."
+            )
+    for column in dict.fromkeys(columns.values()):
+        values = rows.with_format("arrow")[column]
+        start = 0
+        for chunk in values.iterchunks():
+            empty = chunk.is_null(nan_is_null=True)
+            if pa.types.is_string(chunk.type) or pa.types.is_large_string(chunk.type):
+                empty = pc.or_(empty, pc.fill_null(pc.equal(pc.utf8_trim_whitespace(chunk), ""), True))
+            elif pa.types.is_list(chunk.type) or pa.types.is_large_list(chunk.type):
+                empty = pc.or_(empty, pc.fill_null(pc.equal(pc.list_value_length(chunk), 0), True))
+            index = pc.index(empty, True).as_py()
+            if index >= 0:
+                row = row_of_the_data(rows, start + index)
+                raise ValueError(f"row {row} of {where} has nothing in column `{column}`. Fill it or remove the row.")
+            start += len(chunk)
 
 
 def check_token_ids(documents: list[list[int]], vocab_size: int, rows: Iterable[int]) -> None:

@@ -35,6 +35,7 @@ from training.metrics import TextScore, score_text
 from training.runs import (
     callbacks,
     check_length,
+    choose_learning_rate,
     finish,
     is_sharded,
     prepare_config,
@@ -48,7 +49,6 @@ from training.trainer import CustomTrainer
 DEFAULTS = {
     **runs.DEFAULTS,
     "output_dir": "runs/clm",
-    "learning_rate": 1e-3,
     "warmup_steps": 50,
     "weight_decay": 0.1,
     "adam_beta2": 0.95,
@@ -88,6 +88,7 @@ class Run:
 def prepare(model_args: ModelArguments, data_args: DataArguments, training_args: RunArguments) -> Run:
     """Load, check and tokenize the data, and build tokenizer, model and trainer. Nothing is trained yet."""
     set_seed(training_args.seed)
+    choose_learning_rate(model_args, training_args, from_nothing=1e-3)
     if data_args.streaming and training_args.max_steps <= 0:
         raise ValueError("a stream has no length, so the run needs one: pass --max_steps.")
     texts = load_text(
@@ -146,9 +147,12 @@ def measure(run: Run) -> dict[str, float]:
     return {"perplexity": score.perplexity, "bits per byte": score.bits_per_byte}
 
 
+ARGUMENTS = (ModelArguments, DataArguments, RunArguments)
+
+
 def main(argv: list[str] | None = None) -> None:
     with user_errors():
-        arguments = parse_arguments((ModelArguments, DataArguments, RunArguments), argv, __doc__, **DEFAULTS)
+        arguments = parse_arguments(ARGUMENTS, argv, __doc__, **DEFAULTS)
         run = prepare(*arguments)
     train(run.trainer)
     finish(run.trainer, run.data.description, measure(run), block_size=run.data.block_size)

@@ -35,7 +35,6 @@ DEFAULTS = {
 # Of a checkpoint that learns a task (Devlin et al. 2019, appendix A.3).
 FINE_TUNING_DEFAULTS = {
     **DEFAULTS,
-    "learning_rate": 5e-5,
     "lr_scheduler_type": "linear",
     "warmup_steps": 0.1,
     "weight_decay": 0.01,
@@ -44,6 +43,7 @@ FINE_TUNING_DEFAULTS = {
     "per_device_eval_batch_size": 64,
     "eval_strategy": "epoch",
 }
+LEARNING_RATE_OF_CHECKPOINTS = 5e-5
 # Training arguments that a model card shows.
 SHOWN_ARGUMENTS = (
     "learning_rate",
@@ -124,6 +124,13 @@ def check_length(flag: str, length: int, config: PreTrainedConfig) -> None:
         )
 
 
+def choose_learning_rate(model_args: ModelArguments, training_args: RunArguments, from_nothing: float) -> None:
+    """Where none is named: a checkpoint's is BERT's own, and a model from nothing needs a larger one."""
+    if training_args.learning_rate is None:
+        is_checkpoint = model_args.model_name_or_path is not None
+        training_args.learning_rate = LEARNING_RATE_OF_CHECKPOINTS if is_checkpoint else from_nothing
+
+
 def prepare_model(auto_class: type, model_args: ModelArguments, config: PreTrainedConfig) -> PreTrainedModel:
     """The class of `config` under `auto_class`, with the checkpoint's weights or from nothing."""
     attention = {"attn_implementation": model_args.attn_implementation}
@@ -186,7 +193,8 @@ def finish(
     (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     for metric, value in metrics.items():
         print(f"held-out {metric}: {value:.4f}")
-    if metrics:
+    # A card describes classes of this package, whose code is beside it.
+    if metrics and hasattr(trainer.model.config, "auto_classes"):
         trainer.card_fields = {
             "name": name,
             "data": data,

@@ -1,0 +1,193 @@
+"""Train what the project claims, ours and stock alike, and record the scores that cards and README show.
+
+Each row is a script, a recipe and its data; with a stock counterpart it runs twice, with the same seed, rows, steps and
+rate. The data is that of `--data`; what is missing there is said and left out.
+
+Examples:
+  python -m training.reproduce --data FOLDER --checkpoint all-MiniLM-L6-v2
+  python -m training.reproduce --data FOLDER --checkpoint all-MiniLM-L6-v2 --only sst2
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+from training.args import read_recipe, user_errors
+
+RECIPES = Path(__file__).parent / "recipes"
+METRICS = Path(__file__).parent.parent / "hub_cards" / "metrics"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One claim.
+
+    Attributes:
+        script: module of `training`.
+        recipe: file of `training/recipes`.
+        files: by flag, relative to the data folder.
+        metric: of the script's metrics.json, the one to show.
+        has_stock: whether stock has a class for it, which then runs as well.
+        literature: what others report, and who.
+    """
+
+    title: str
+    script: str
+    recipe: str
+    files: dict[str, str]
+    metric: str
+    has_stock: bool = True
+    literature: str = ""
+    flags: tuple[str, ...] = field(default=())
+
+
+ROWS = {
+    "sst2": Row(
+        "SST-2, sentences alone",
+        "run_classification",
+        "classification_sst2.yaml",
+        {
+            "files": "sentiment/sst2_train.tsv",
+            "validation_files": "sentiment/sst2_dev.tsv",
+            "test_files": "sentiment/sst2_test.tsv",
+        },
+        "accuracy",
+        literature="0.912 with BERT-base (Munikar et al. 2019); 0.897 with BERT-small, 29M, and all phrases (Turc "
+        "et al. 2019)",
+    ),
+    "sst5": Row(
+        "SST-5, sentences alone",
+        "run_classification",
+        "classification_sst5.yaml",
+        {
+            "files": "sentiment/sst5_train.tsv",
+            "validation_files": "sentiment/sst5_dev.tsv",
+            "test_files": "sentiment/sst5_test.tsv",
+        },
+        "accuracy",
+        literature="0.532 with BERT-base (Munikar et al. 2019)",
+    ),
+    "wnut17": Row(
+        "WNUT-17 entities",
+        "run_token_classification",
+        "token_classification_wnut17.yaml",
+        {
+            "files": "nlp/ner_wnut17_train.jsonl",
+            "validation_files": "nlp/ner_wnut17_dev.jsonl",
+            "test_files": "nlp/ner_wnut17_test.jsonl",
+        },
+        "f1",
+    ),
+    "squad2": Row(
+        "SQuAD 2, 16 articles of its dev set, split by paragraph",
+        "run_qa",
+        "qa_squad2.yaml",
+        {"files": "nlp/qa_squad2_train.parquet"},
+        "f1",
+    ),
+    "easy_vqa": Row(
+        "easy-VQA, from nothing",
+        "run_image_text",
+        "vqa_easy.yaml",
+        {
+            "files": "vl/easy_vqa_questions_train.tsv",
+            "images": "vl/easy_vqa_images_train.parquet",
+            "test_files": "vl/easy_vqa_questions_test.tsv",
+            "test_images": "vl/easy_vqa_images_test.parquet",
+        },
+        "accuracy",
+        has_stock=False,
+    ),
+}
+
+
+def run(name: str, row: Row, data: Path, checkpoint: str, output: Path, is_stock: bool) -> dict:
+    """Train one contender in a process of its own; its metrics, command and time."""
+    folder = output / f"{name}-{'stock' if is_stock else 'ours'}"
+    arguments = [f"training.{row.script}", f"training/recipes/{row.recipe}"]
+    shown = list(arguments)
+    for flag, file in row.files.items():
+        arguments += [f"--{flag}", str(data / file)]
+        shown += [f"--{flag}", f"DATA/{file}"]
+    if row.has_stock:
+        arguments += ["--model_name_or_path", checkpoint]
+        shown += ["--model_name_or_path", Path(checkpoint).name]
+    tail = [*row.flags, *(["--stock"] if is_stock else [])]
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-m", *arguments, *tail, "--output_dir", str(folder)], check=True)
+    return {
+        "command": " ".join(["python", "-m", *shown, *tail]),
+        "seconds": round(time.perf_counter() - start),
+        "metrics": json.loads((folder / "metrics.json").read_text(encoding="utf-8")),
+    }
+
+
+def reproduce(name: str, row: Row, data: Path, checkpoint: str, output: Path) -> dict:
+    """Both contenders of a row."""
+    result = {
+        "title": row.title,
+        "metric": row.metric,
+        "literature": row.literature,
+        "seed": read_recipe(str(RECIPES / row.recipe)).get("seed", 42),
+        "versions": {package: version(package) for package in ("torch", "transformers")},
+        "ours": run(name, row, data, checkpoint, output, is_stock=False),
+    }
+    if row.has_stock:
+        result["stock"] = run(name, row, data, checkpoint, output, is_stock=True)
+    return result
+
+
+def table(folder: Path | None = None) -> str:
+    """The recorded scores as a Markdown table, in the order of `ROWS`."""
+    lines = ["| data | metric | ours | stock | reported by others |", "| --- | --- | --- | --- | --- |"]
+    for name in ROWS:
+        path = (folder or METRICS) / f"{name}.json"
+        if path.exists():
+            result = json.loads(path.read_text(encoding="utf-8"))
+            metric = result["metric"]
+            scores = [
+                f"{result[system]['metrics'][metric]:.3f}" if system in result else "" for system in ("ours", "stock")
+            ]
+            lines.append(f"| {result['title']} | {metric} | {' | '.join(scores)} | {result['literature']} |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m training.reproduce",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--data", required=True, help="folder that holds the files of the rows")
+    parser.add_argument(
+        "--checkpoint", required=True, help="stock BERT checkpoint to fine-tune, a folder or of the Hub"
+    )
+    parser.add_argument("--only", choices=list(ROWS), nargs="+", help="rows to run; all when not given")
+    parser.add_argument("--output_dir", default="runs/reproduce", help="folder for the runs")
+    args = parser.parse_args(argv)
+    with user_errors():
+        data = Path(args.data)
+        if not data.is_dir():
+            raise ValueError(f"--data {data} is no folder. Name one that holds the files of the rows.")
+    METRICS.mkdir(exist_ok=True)
+    for name in args.only or ROWS:
+        row = ROWS[name]
+        missing = [file for file in row.files.values() if not (data / file).exists()]
+        if missing:
+            print(f"{name}: left out, because {data} has no {missing[0]}")
+            continue
+        result = reproduce(name, row, data, args.checkpoint, Path(args.output_dir))
+        draft = METRICS / f".{name}.json"
+        draft.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        draft.replace(METRICS / f"{name}.json")
+    print(table())
+
+
+if __name__ == "__main__":
+    main()
