@@ -50,7 +50,7 @@ else:
 import torch
 import transformers
 from safetensors.torch import load_file
-folder, tensors, reference = sys.argv[1:]
+folder, tensors, auto_class = sys.argv[1:]
 saved = load_file(tensors)
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

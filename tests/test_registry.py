@@ -48,13 +48,6 @@ def stock_config(config_class):
     return stock(**{name: value for name, value in declared.items() if name in stock().to_dict() and value is not None})
 
 
-@pytest.fixture
-def restored():
-    """Stock checkpoints give stock classes again, whatever the test did."""
-    yield
-    hf_custom.register(replace_stock=False)
-
-
 @each_auto
 def test_table_names_a_public_class_of_the_named_file(config_class, auto_name, reference):
     module_name, class_name = reference.split(".")
@@ -113,7 +106,7 @@ def registered():
 
 
 @pytest.mark.parametrize("replace_stock", [None, True, False])
-def test_registering_again_changes_nothing(replace_stock, restored):
+def test_registering_again_changes_nothing(replace_stock):
     hf_custom.register(replace_stock)
     once = registered()
     hf_custom.register(replace_stock)
@@ -121,7 +114,7 @@ def test_registering_again_changes_nothing(replace_stock, restored):
     assert registered() == once
 
 
-def test_giving_stock_back_leaves_no_trace(restored):
+def test_giving_stock_back_leaves_no_trace():
     before = registered()
     hf_custom.register(replace_stock=True)
     assert registered() != before
@@ -147,7 +140,7 @@ def draw_batch(config_class, auto_name, folder):
 
 
 @pytest.mark.parametrize(("config_class", "auto_name", "reference"), STEERED)
-def test_stock_checkpoint_is_steered_here_and_back(config_class, auto_name, reference, tmp_path, restored):
+def test_stock_checkpoint_is_steered_here_and_back(config_class, auto_name, reference, tmp_path):
     auto_class, stock = getattr(transformers, auto_name), stock_folder(config_class, auto_name, tmp_path)
     batch = draw_batch(config_class, auto_name, tmp_path)
     mask = batch.get("attention_mask")
@@ -188,7 +181,7 @@ def test_tokenizer_of_a_saved_model_is_found_without_trust(row, tmp_path):
 
 
 @pytest.mark.parametrize("config_class", [config_class for config_class, known in FAMILIES if known is not None])
-def test_tokenizer_of_a_steered_checkpoint_is_found(config_class, tmp_path, restored):
+def test_tokenizer_of_a_steered_checkpoint_is_found(config_class, tmp_path):
     stock_folder(config_class, "AutoModelForCausalLM", tmp_path)
     save_nameless_tokenizer(tmp_path)
     hf_custom.register(replace_stock=True)

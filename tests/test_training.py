@@ -276,7 +276,8 @@ def test_readme_python_runs(smoke, stock):
         variables = {}
         exec(block, variables)
         classes.append(type(variables["model"]))
-    assert classes == [hf_custom.CustomGPT2ForCausalLM] * 3
+    causal = hf_custom.CustomGPT2ForCausalLM
+    assert classes == [causal, causal, hf_custom.CustomBertForVisualQuestionAnswering]
 
 
 def test_readme_commands_exist():
