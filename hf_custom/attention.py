@@ -19,7 +19,7 @@ from .dropout import keep_mask
 from .ops import is_traced
 from .packing import Buckets
 
-# Queries whose scores are in memory together, where dropout keeps torch's own kernels from running on a CPU.
+# Queries whose scores are in memory together, where a CPU does not take torch's own kernel.
 QUERY_BLOCK = 64
 
 
@@ -118,7 +118,7 @@ def varlen_attention_forward(
     """Attention of sequences packed into one row, each to itself or to its own keys, and to no other.
 
     On CUDA in half precision torch's `varlen_attn`; else one kernel call for each group of sequences of similar length.
-    Without lengths it is the host's `sdpa`, and with dropout on a CPU a faster one.
+    Without lengths it is the host's `sdpa`, and with dropout or in bfloat16 on a CPU a faster one.
 
     Args:
         query: (1, H, total, K); `key` and `value`: (1, H, total of the keys, K).
@@ -137,7 +137,7 @@ def varlen_attention_forward(
         has_boolean_mask = attention_mask is not None and attention_mask.dtype == torch.bool
         is_square = attention_mask is None and (query.shape[2] == key.shape[2] or not is_causal)
         is_plain = position_bias is None and (has_boolean_mask or is_square)
-        if dropout and query.device.type == "cpu" and is_plain:
+        if is_plain and _takes_blocks(query, attention_mask, dropout):
             is_causal = is_causal and not has_boolean_mask
             output = fused_attention(query, key, value, attention_mask, dropout, is_causal, scaling)
             return output.transpose(1, 2).contiguous(), None
@@ -183,48 +183,61 @@ def _as_mask(bias, key_mask, is_causal):
     return bias if key_mask is None else bias.masked_fill(~key_mask, torch.finfo(bias.dtype).min)
 
 
-class _AttentionWithDropout(torch.autograd.Function):
-    """Attention with dropout on a CPU, a block of queries at a time, in float32 at least.
+class _BlockAttention(torch.autograd.Function):
+    """Attention on a CPU a block of queries at a time, for what torch's own kernel does not do or does slowly.
 
-    torch's CPU kernel has no dropout and falls back to whole matrices of scores, future keys included, of which three
-    are kept for the backward pass. Here a block's scores are computed up to its last key and again in the backward
-    pass; what is kept is the mask, a byte for each score.
+    That kernel has no dropout and falls back to whole matrices of scores, future keys included, of which three are kept
+    for the backward pass; and in bfloat16 its backward pass takes several times as long as these products. Here a
+    block's scores are computed up to its last key and again in the backward pass; what is kept is the mask of dropout,
+    a byte for each score. Products have the type of the inputs, float32 for float16, and the softmax is float32.
     """
 
     @staticmethod
     def forward(ctx, query, key, value, attention_mask, dropout, is_causal, scaling):
-        dtype = torch.promote_types(query.dtype, torch.float32)
+        dtype = torch.float32 if query.dtype == torch.float16 else query.dtype
         query, key, value = (states.to(dtype).contiguous() for states in (query, key, value))
         ctx.options = (attention_mask, is_causal, scaling)
         output = torch.empty_like(query)
-        masks = []
+        ctx.scale, masks = 1.0, []
         for block, keys in _blocks(query.shape[2], key.shape[2], is_causal):
             weights = _block_weights(query, key, block, keys, *ctx.options)
-            mask, ctx.scale = keep_mask(weights.shape, dropout)
-            masks.append(mask)
-            output[:, :, block] = torch.matmul(weights.mul_(mask), value[:, :, keys])
+            if dropout:
+                mask, ctx.scale = keep_mask(weights.shape, dropout)
+                masks.append(mask)
+                weights.mul_(mask)
+            output[:, :, block] = torch.matmul(weights.to(dtype), value[:, :, keys])
         ctx.save_for_backward(query, key, value, *masks)
-        return output.mul_(ctx.scale)
+        return output.mul_(ctx.scale) if dropout else output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output):
         query, key, value, *masks = ctx.saved_tensors
         _, is_causal, scaling = ctx.options
-        grad_output = grad_output.contiguous() * ctx.scale
-        grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        dtype, grad_output = query.dtype, grad_output.to(query.dtype).contiguous()
+        grad_output = grad_output * ctx.scale if masks else grad_output
+        grad_key, grad_value = (torch.zeros(states.shape, dtype=_sum_dtype(dtype)) for states in (key, value))
+        grad_query = torch.empty_like(query)
         blocks = _blocks(query.shape[2], key.shape[2], is_causal)
-        for (block, keys), mask in zip(blocks, masks, strict=True):
+        for index, (block, keys) in enumerate(blocks):
             weights = _block_weights(query, key, block, keys, *ctx.options)
             grad = grad_output[:, :, block]
-            grad_value[:, :, keys] += torch.matmul((weights * mask).transpose(-1, -2), grad)
-            grad_weights = torch.matmul(grad, value[:, :, keys].transpose(-1, -2)).mul_(mask)
+            kept = weights * masks[index] if masks else weights
+            grad_value[:, :, keys] += torch.matmul(kept.to(dtype).transpose(-1, -2), grad)
+            grad_weights = torch.matmul(grad, value[:, :, keys].transpose(-1, -2)).to(weights.dtype)
+            if masks:
+                grad_weights.mul_(masks[index])
             # Through the softmax: weights · (gradient - its mean under the weights).
             grad_weights.mul_(weights)
-            grad_scores = grad_weights.sub_(weights.mul_(grad_weights.sum(-1, keepdim=True))).mul_(scaling)
+            grad_scores = grad_weights.sub_(weights.mul_(grad_weights.sum(-1, keepdim=True))).mul_(scaling).to(dtype)
             grad_query[:, :, block] = torch.matmul(grad_scores, key[:, :, keys])
             grad_key[:, :, keys] += torch.matmul(grad_scores.transpose(-1, -2), query[:, :, block])
-        return grad_query, grad_key, grad_value, None, None, None, None
+        return grad_query, grad_key.to(dtype), grad_value.to(dtype), None, None, None, None
+
+
+def _sum_dtype(dtype):
+    """The type of sums and of the softmax: float32 at least."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _blocks(query_length, key_length, is_causal):
@@ -235,8 +248,9 @@ def _blocks(query_length, key_length, is_causal):
 
 
 def _block_weights(query, key, block, keys, attention_mask, is_causal, scaling):
-    """Attention weights of a block of queries, zeros for a query without keys."""
+    """Attention weights of a block of queries in float32, zeros for a query without keys."""
     scores = torch.matmul(query[:, :, block] * scaling, key[:, :, keys].transpose(-1, -2))
+    scores = scores.to(_sum_dtype(scores.dtype))
     if is_causal:
         future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu_(scores.shape[-1] - scores.shape[-2] + 1)
         scores.masked_fill_(future, float("-inf"))
@@ -245,6 +259,13 @@ def _block_weights(query, key, block, keys, attention_mask, is_causal, scaling):
     rows = block if attention_mask.shape[2] > 1 else slice(None)
     scores.masked_fill_(~attention_mask[:, :, rows, keys], float("-inf"))
     return scores.softmax(-1).nan_to_num_(0.0)
+
+
+def _takes_blocks(query, attention_mask, dropout):
+    """Whether `_BlockAttention` is the better way."""
+    is_boolean = attention_mask is None or attention_mask.dtype == torch.bool
+    is_slow = dropout or query.dtype == torch.bfloat16
+    return bool(is_slow) and is_boolean and query.device.type == "cpu" and not is_traced()
 
 
 def fused_attention(
@@ -256,17 +277,16 @@ def fused_attention(
     is_causal: bool = False,
     scaling: float | None = None,
 ) -> torch.Tensor:
-    """torch's `scaled_dot_product_attention`, with the path for dropout on a CPU that it lacks: (B, H, T, K).
+    """torch's `scaled_dot_product_attention`, and another way where it is slow on a CPU: (B, H, T, K).
 
     Args:
         query: (B, H, T, K); `key` and `value`: (B, H, S, K).
         attention_mask: booleans, true where a query attends, (B, 1, T or 1, S); or reals to add to the scores; or none.
         is_causal: for T = S.
     """
-    has_bias = attention_mask is not None and attention_mask.dtype != torch.bool
-    if dropout and query.device.type == "cpu" and not is_traced() and not has_bias:
+    if _takes_blocks(query, attention_mask, dropout):
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        output = _AttentionWithDropout.apply(query, key, value, attention_mask, dropout, is_causal, scaling)
+        output = _BlockAttention.apply(query, key, value, attention_mask, dropout, is_causal, scaling)
         return output.to(value.dtype)
     return nn.functional.scaled_dot_product_attention(
         query, key, value, attn_mask=attention_mask, dropout_p=dropout, is_causal=is_causal, scale=scaling

