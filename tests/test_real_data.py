@@ -1,4 +1,4 @@
-"""Real text, tables and images and the published GPT-2 vocabulary, where a folder of them is given: pytest -m data --data FOLDER."""
+"""Real text, tables, images and the published GPT-2 vocabulary, where given: pytest -m data --data FOLDER."""
 
 import json
 from importlib import import_module

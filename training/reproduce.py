@@ -85,7 +85,7 @@ ROWS = {
             "validation_files": "nlp/ner_wnut17_dev.jsonl",
             "test_files": "nlp/ner_wnut17_test.jsonl",
         },
-        "f1",
+        "test f1",
         flags=BY_LENGTH,
     ),
     "squad2": Row(
