@@ -183,11 +183,18 @@ def finish(
         pictures: titles by file name, of pictures in the output folder to show in the card.
         shown: arguments to show in the card beside the Trainer's.
     """
-    output_dir = Path(trainer.args.output_dir)
     trainer.save_model()
     trainer.save_state()
-    if not trainer.is_world_process_zero():
-        return
+    if trainer.is_world_process_zero():
+        _write_results(trainer, data, metrics, pictures or {}, shown)
+    # A process that ends early takes its connections with it, and the others down.
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
+
+
+def _write_results(trainer, data, metrics, pictures, shown):
+    """Curve, numbers and card, in the output folder."""
+    output_dir = Path(trainer.args.output_dir)
     name = output_dir.name
     plot_loss_curve(trainer.state.log_history, output_dir / "loss_curve.png", name)
     (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
@@ -201,7 +208,7 @@ def finish(
             "metrics": {name: metrics},
             "training": shown_arguments(trainer, **shown),
             "curve": "loss_curve.png",
-            "pictures": pictures or {},
+            "pictures": pictures,
         }
         trainer.create_model_card()
 
