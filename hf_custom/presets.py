@@ -15,7 +15,7 @@ _BERT_MINI = {
     "vocab_size": 1024,
 }
 # Text and patches of small images; the patches have a few layers of their own before they join the words. Weights start
-# wide, for a model so narrow: at 0.02 it takes long to look at the image at all.
+# wide, as for a model so narrow they should: about one over the square root of its width.
 _BERT_VISION_MINI = {
     "hidden_size": 128,
     "num_hidden_layers": 2,

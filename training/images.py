@@ -31,7 +31,7 @@ def decode_image(source: Source, place: str) -> Image.Image:
             image = ImageOps.exif_transpose(image)
     except Exception as error:  # a decoder of a broken file may raise anything
         reason = " ".join(str(error).split()) if isinstance(source, str) else type(error).__name__
-        raise ValueError(f"the image in {place} cannot be read ({reason}). Replace it or remove its rows.") from None
+        raise ValueError(f"the image in {place} cannot be read ({reason}). Replace it or remove its rows.") from error
     # Conversion to RGB would cut such values off at 255, so that nearly all is white.
     if image.mode[0] in "IF":
         raise ValueError(f"the image in {place} has more than 8 bits (mode {image.mode}). Convert it to 8 bits.")

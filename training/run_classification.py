@@ -33,7 +33,6 @@ from transformers import (
     DataCollatorWithPadding,
     EvalPrediction,
     PreTrainedConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     set_seed,
 )
@@ -218,19 +217,6 @@ def prepare_task_config(
     return prepare_config(model_args, tokenizer, **fields)
 
 
-def prepare_classifier(model_args: ModelArguments, config: PreTrainedConfig) -> PreTrainedModel:
-    """The model, or the reason why the checkpoint cannot be one."""
-    try:
-        return prepare_model(AutoModelForSequenceClassification, model_args, config)
-    except RuntimeError as error:
-        if "mismatch" not in str(error):
-            raise
-        raise ValueError(
-            f"the classifier in {model_args.model_name_or_path} is not one of {config.num_labels} labels. "
-            "Name a checkpoint without a classifier, as pre-training leaves it."
-        ) from None
-
-
 def prepare(
     model_args: ModelArguments, data_args: TableArguments, task: ClassificationArguments, training_args: RunArguments
 ) -> Run:
@@ -251,7 +237,7 @@ def prepare(
         raise ValueError("the tokenizer has no `pad_token` to fill up short rows with. Use a checkpoint such as BERT.")
     config = prepare_task_config(model_args, task, tokenizer, classes)
     check_length("max_length", data_args.max_length, config)
-    model = prepare_classifier(model_args, config)
+    model = prepare_model(AutoModelForSequenceClassification, model_args, config, "labels")
 
     def tokenized(split: str) -> Dataset:
         def tokenize(batch, indices):

@@ -58,6 +58,7 @@ from training.runs import (
     finish,
     is_sharded,
     prepare_config,
+    prepare_model,
     prepare_tokenizer,
     train,
 )
@@ -210,19 +211,7 @@ def prepare_vision_config(
 
 def build_model(task: str, model_args: ModelArguments, config: PreTrainedConfig) -> PreTrainedModel:
     """Our class for the task, which an Auto class need not know, with the checkpoint's weights or from nothing."""
-    model_class = getattr(hf_custom, MODELS[task])
-    attention = {"attn_implementation": model_args.attn_implementation}
-    if model_args.model_name_or_path is None:
-        return model_class._from_config(config, **attention)
-    try:
-        return model_class.from_pretrained(model_args.model_name_or_path, config=config, **attention)
-    except RuntimeError as error:
-        if "mismatch" not in str(error):
-            raise
-        raise ValueError(
-            f"the classifier in {model_args.model_name_or_path} is not one of these {config.num_labels} answers. "
-            "Name a checkpoint without a classifier, as pre-training leaves it."
-        ) from None
+    return prepare_model(getattr(hf_custom, MODELS[task]), model_args, config, "answers")
 
 
 def argmax(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

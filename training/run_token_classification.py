@@ -22,7 +22,6 @@ from transformers import (
     AutoModelForTokenClassification,
     DataCollatorForTokenClassification,
     PreTrainedConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     set_seed,
 )
@@ -105,19 +104,6 @@ def prepare_labels(
     return config, labels
 
 
-def prepare_tagger(model_args: ModelArguments, config: PreTrainedConfig) -> PreTrainedModel:
-    """The model, or the reason why the checkpoint cannot be one."""
-    try:
-        return prepare_model(AutoModelForTokenClassification, model_args, config)
-    except RuntimeError as error:
-        if "mismatch" not in str(error):
-            raise
-        raise ValueError(
-            f"the classifier in {model_args.model_name_or_path} is not one of {config.num_labels} tags. "
-            "Name a checkpoint without a classifier, as pre-training leaves it."
-        ) from None
-
-
 def prepare(
     model_args: ModelArguments, data_args: TableArguments, tagging: TaggingArguments, training_args: RunArguments
 ) -> tuple[CustomTrainer, DatasetDict]:
@@ -131,7 +117,7 @@ def prepare(
     )
     config, labels = prepare_labels(model_args, tokenizer, labels)
     check_length("max_length", data_args.max_length, config)
-    model = prepare_tagger(model_args, config)
+    model = prepare_model(AutoModelForTokenClassification, model_args, config, "tags")
     encoded, cut = DatasetDict(), {}
     for split, rows in splits.items():
         with training_args.main_process_first(desc="tokenizing"):

@@ -131,12 +131,28 @@ def choose_learning_rate(model_args: ModelArguments, training_args: RunArguments
         training_args.learning_rate = LEARNING_RATE_OF_CHECKPOINTS if is_checkpoint else from_nothing
 
 
-def prepare_model(auto_class: type, model_args: ModelArguments, config: PreTrainedConfig) -> PreTrainedModel:
-    """The class of `config` under `auto_class`, with the checkpoint's weights or from nothing."""
-    attention = {"attn_implementation": model_args.attn_implementation}
-    if model_args.model_name_or_path is not None:
-        return auto_class.from_pretrained(model_args.model_name_or_path, config=config, **attention)
-    return auto_class.from_config(config, **attention)
+def prepare_model(
+    model_class: type, model_args: ModelArguments, config: PreTrainedConfig, classes: str | None = None
+) -> PreTrainedModel:
+    """A model class, or that of `config` under an Auto class, with the checkpoint's weights or from nothing.
+
+    Args:
+        classes: what a classifier's classes are called, for the message about a checkpoint that has another number.
+    """
+    checkpoint, attention = model_args.model_name_or_path, {"attn_implementation": model_args.attn_implementation}
+    if checkpoint is None:
+        # An Auto class has the one, a model class the other.
+        name = "from_config" if hasattr(model_class, "from_config") else "_from_config"
+        return getattr(model_class, name)(config, **attention)
+    try:
+        return model_class.from_pretrained(checkpoint, config=config, **attention)
+    except RuntimeError as error:
+        if classes is None or "mismatch" not in str(error):
+            raise
+        raise ValueError(
+            f"the classifier in {checkpoint} is not one of {config.num_labels} {classes}. "
+            "Name a checkpoint without a classifier, as pre-training leaves it."
+        ) from None
 
 
 def callbacks(training_args: RunArguments) -> list[TrainerCallback]:
