@@ -1,7 +1,7 @@
-"""GPT-2 and BERT, readable and drop-in: a plugin for Hugging Face Transformers. Importing it registers its classes."""
+"""GPT-2, BERT and BLIP-2, readable and drop-in: a plugin for Hugging Face Transformers. Importing it registers them."""
 
 from .configuration_bert import CustomBertConfig
-from .configuration_blip2 import CustomBlip2VisionConfig
+from .configuration_blip2 import CustomBlip2Config, CustomBlip2QFormerConfig, CustomBlip2VisionConfig
 from .configuration_gpt2 import CustomGPT2Config
 from .modeling_bert import CustomBertModel, CustomBertPreTrainedModel
 from .modeling_bert_heads import (
@@ -16,6 +16,9 @@ from .modeling_bert_heads import (
     CustomBertForTokenClassification,
     CustomBertForVisualQuestionAnswering,
 )
+from .modeling_blip2 import CustomBlip2ForConditionalGeneration, CustomBlip2Model, CustomBlip2PreTrainedModel
+from .modeling_blip2_qformer import CustomBlip2QFormerModel, CustomBlip2QFormerPreTrainedModel
+from .modeling_blip2_retrieval import CustomBlip2ForImageTextRetrieval, CustomBlip2ForPreTraining
 from .modeling_blip2_vision import (
     CustomBlip2VisionForImageClassification,
     CustomBlip2VisionModel,
@@ -30,6 +33,7 @@ from .modeling_gpt2 import (
     CustomGPT2Model,
     CustomGPT2PreTrainedModel,
 )
+from .processing_blip2 import CustomBlip2Processor
 from .registry import register
 
 __version__ = "0.1.0"
@@ -50,6 +54,16 @@ __all__ = [
     "CustomBertForVisualQuestionAnswering",
     "CustomBertModel",
     "CustomBertPreTrainedModel",
+    "CustomBlip2Config",
+    "CustomBlip2ForConditionalGeneration",
+    "CustomBlip2ForImageTextRetrieval",
+    "CustomBlip2ForPreTraining",
+    "CustomBlip2Model",
+    "CustomBlip2PreTrainedModel",
+    "CustomBlip2Processor",
+    "CustomBlip2QFormerConfig",
+    "CustomBlip2QFormerModel",
+    "CustomBlip2QFormerPreTrainedModel",
     "CustomBlip2VisionConfig",
     "CustomBlip2VisionForImageClassification",
     "CustomBlip2VisionModel",

@@ -122,7 +122,8 @@ def varlen_attention_forward(
 
     Args:
         query: (1, H, total, K); `key` and `value`: (1, H, total of the keys, K).
-        cu_seq_lens_q, cu_seq_lens_k: (N + 1,), where the queries and the keys of N sequences begin, and the totals.
+        cu_seq_lens_q, cu_seq_lens_k: (N + 1,), where the queries and the keys of N sequences begin, and the totals. In
+            the causal case the last keys of a sequence are those of its queries; as many precede them in each.
         max_length_q, max_length_k: of the longest sequence.
         buckets: gives the groups, shared by all layers of a call.
         position_bias: added to the scores, (1, H, T, S); of packed sequences the function that gives it for a group,
@@ -168,10 +169,14 @@ def _attend_in_buckets(query, key, value, buckets, scaling, dropout, is_causal, 
         query, key, value = (rows.transpose(1, 2) for rows in states)
         # Without a mask in the causal case: what is padded to the right of a sequence is in the future of all of it.
         mask = None if is_causal else bucket.key_mask
+        prefix = bucket.key_length - bucket.query_length
         if bias is not None:
             scores = position_bias(query, key, positions[index], positions[index])
             mask = _as_mask(scores, bucket.key_mask, is_causal)
-        output = fused_attention(query, key, value, mask, dropout, is_causal and bias is None, scaling)
+        elif is_causal and prefix:
+            mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril(prefix)
+            mask = mask[None, None]
+        output = fused_attention(query, key, value, mask, dropout, is_causal and mask is None, scaling)
         outputs.append(output.transpose(1, 2).flatten(0, 1))
     return buckets.queries.to_tokens(torch.cat(outputs) if len(outputs) > 1 else outputs[0])
 
@@ -189,23 +194,25 @@ class _BlockAttention(torch.autograd.Function):
     That kernel has no dropout and falls back to whole matrices of scores, future keys included, of which three are kept
     for the backward pass; and in bfloat16 its backward pass takes several times as long as these products. Here a
     block's scores are computed up to its last key and again in the backward pass; what is kept is the mask of dropout,
-    a byte for each score. Products have the type of the inputs, float32 for float16, and the softmax is float32.
+    a byte for each score. Scores and weights have the type of the inputs, float32 for float16; sums are float32.
     """
 
     @staticmethod
     def forward(ctx, query, key, value, attention_mask, dropout, is_causal, scaling):
         dtype = torch.float32 if query.dtype == torch.float16 else query.dtype
-        query, key, value = (states.to(dtype).contiguous() for states in (query, key, value))
-        ctx.options = (attention_mask, is_causal, scaling)
+        query, key, value = (states.to(dtype).contiguous() for states in (query * scaling, key, value))
+        # Queries may be without a key, whose weights would be NaN.
+        has_empty = attention_mask is not None and (is_causal or not bool(attention_mask.any(-1).all()))
+        ctx.options = (attention_mask, has_empty, is_causal)
         output = torch.empty_like(query)
-        ctx.scale, masks = 1.0, []
+        ctx.scale, ctx.scaling, masks = 1.0, scaling, []
         for block, keys in _blocks(query.shape[2], key.shape[2], is_causal):
             weights = _block_weights(query, key, block, keys, *ctx.options)
             if dropout:
                 mask, ctx.scale = keep_mask(weights.shape, dropout)
                 masks.append(mask)
                 weights.mul_(mask)
-            output[:, :, block] = torch.matmul(weights.to(dtype), value[:, :, keys])
+            output[:, :, block] = torch.matmul(weights, value[:, :, keys])
         ctx.save_for_backward(query, key, value, *masks)
         return output.mul_(ctx.scale) if dropout else output
 
@@ -213,31 +220,26 @@ class _BlockAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output):
         query, key, value, *masks = ctx.saved_tensors
-        _, is_causal, scaling = ctx.options
-        dtype, grad_output = query.dtype, grad_output.to(query.dtype).contiguous()
+        dtype, is_causal = query.dtype, ctx.options[-1]
+        grad_output = grad_output.to(dtype).contiguous()
         grad_output = grad_output * ctx.scale if masks else grad_output
-        grad_key, grad_value = (torch.zeros(states.shape, dtype=_sum_dtype(dtype)) for states in (key, value))
+        sums = torch.promote_types(dtype, torch.float32)
+        grad_key, grad_value = (torch.zeros(states.shape, dtype=sums) for states in (key, value))
         grad_query = torch.empty_like(query)
         blocks = _blocks(query.shape[2], key.shape[2], is_causal)
         for index, (block, keys) in enumerate(blocks):
             weights = _block_weights(query, key, block, keys, *ctx.options)
             grad = grad_output[:, :, block]
             kept = weights * masks[index] if masks else weights
-            grad_value[:, :, keys] += torch.matmul(kept.to(dtype).transpose(-1, -2), grad)
-            grad_weights = torch.matmul(grad, value[:, :, keys].transpose(-1, -2)).to(weights.dtype)
+            grad_value[:, :, keys] += torch.matmul(kept.transpose(-1, -2), grad)
+            grad_weights = torch.matmul(grad, value[:, :, keys].transpose(-1, -2))
             if masks:
                 grad_weights.mul_(masks[index])
             # Through the softmax: weights · (gradient - its mean under the weights).
-            grad_weights.mul_(weights)
-            grad_scores = grad_weights.sub_(weights.mul_(grad_weights.sum(-1, keepdim=True))).mul_(scaling).to(dtype)
+            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, dtype)
             grad_query[:, :, block] = torch.matmul(grad_scores, key[:, :, keys])
             grad_key[:, :, keys] += torch.matmul(grad_scores.transpose(-1, -2), query[:, :, block])
-        return grad_query, grad_key.to(dtype), grad_value.to(dtype), None, None, None, None
-
-
-def _sum_dtype(dtype):
-    """The type of sums and of the softmax: float32 at least."""
-    return torch.promote_types(dtype, torch.float32)
+        return grad_query.mul_(ctx.scaling), grad_key.to(dtype), grad_value.to(dtype), None, None, None, None
 
 
 def _blocks(query_length, key_length, is_causal):
@@ -247,18 +249,17 @@ def _blocks(query_length, key_length, is_causal):
         yield slice(start, end), slice(0, end if is_causal else key_length)
 
 
-def _block_weights(query, key, block, keys, attention_mask, is_causal, scaling):
-    """Attention weights of a block of queries in float32, zeros for a query without keys."""
-    scores = torch.matmul(query[:, :, block] * scaling, key[:, :, keys].transpose(-1, -2))
-    scores = scores.to(_sum_dtype(scores.dtype))
+def _block_weights(query, key, block, keys, attention_mask, has_empty, is_causal):
+    """Attention weights of a block of scaled queries, zeros for a query without keys."""
+    scores = torch.matmul(query[:, :, block], key[:, :, keys].transpose(-1, -2))
     if is_causal:
         future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu_(scores.shape[-1] - scores.shape[-2] + 1)
         scores.masked_fill_(future, float("-inf"))
-    if attention_mask is None:
-        return scores.softmax(-1)
-    rows = block if attention_mask.shape[2] > 1 else slice(None)
-    scores.masked_fill_(~attention_mask[:, :, rows, keys], float("-inf"))
-    return scores.softmax(-1).nan_to_num_(0.0)
+    if attention_mask is not None:
+        rows = block if attention_mask.shape[2] > 1 else slice(None)
+        scores.masked_fill_(~attention_mask[:, :, rows, keys], float("-inf"))
+    weights = scores.softmax(-1)
+    return weights.nan_to_num_(0.0) if has_empty else weights
 
 
 def _takes_blocks(query, attention_mask, dropout):

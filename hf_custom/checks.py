@@ -86,6 +86,22 @@ def check_pixels(pixel_values: torch.Tensor, patch_shape: tuple[int, int], image
         )
 
 
+def check_image_tokens(is_image: torch.Tensor, num_images: int, num_queries: int) -> None:
+    """A text (B, T) has as many places for images as `num_images` images of `num_queries` queries each fill."""
+    if not _can_read(is_image):
+        return
+    counts = is_image.sum(-1)
+    if int(counts.sum()) == num_images * num_queries:
+        return
+    wrong = (counts % num_queries).nonzero()
+    row = int(wrong[0]) if len(wrong) else int(counts.argmin())
+    raise ValueError(
+        f"row {row} of `input_ids` has {int(counts[row])} image tokens and all rows have {int(counts.sum())}, but "
+        f"{num_images} images of {num_queries} queries need {num_images * num_queries}. Use a processor whose "
+        "`num_query_tokens` is that of the model, and one image for each place."
+    )
+
+
 def check_attention_mask(attention_mask, batch_size: int, length: int, past_key_values=None) -> None:
     """A 2-D mask has a row a sequence and a column a token, cached ones first, or a column a slot of a static cache.
 

@@ -84,6 +84,22 @@ class CustomConfig(PreTrainedConfig):
         for name, limit in SIZE_LIMITS.items():
             if hasattr(self, name):
                 self._check_size(self.attribute_map.get(name, name), getattr(self, name), limit)
+        if hasattr(self, "hidden_size"):
+            self._check_transformer()
+        for name, allowed in self.choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)!r} but must be one of {', '.join(map(repr, allowed))}."
+                )
+        for name in self.probabilities:
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r} but a probability lies between 0 and 1.")
+        for name in self.positive:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r} but must be greater than 0.")
+
+    def _check_transformer(self):
+        """Refuse a width that the heads do not divide, and a stack of layers that no machine holds."""
         width, heads = self.hidden_size, self.num_attention_heads
         width_field, heads_field, layers_field = (
             self.attribute_map.get(name, name) for name in ("hidden_size", "num_attention_heads", "num_hidden_layers")
@@ -101,24 +117,18 @@ class CustomConfig(PreTrainedConfig):
                 f"this configuration describes about {parameters:,} parameters, more than {MAX_PARAMETERS:,}. "
                 f"Reduce `{layers_field}`, `{width_field}`" + (" or `vocab_size`." if vocab_size else ".")
             )
-        for name, allowed in self.choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"`{name}` is {getattr(self, name)!r} but must be one of {', '.join(map(repr, allowed))}."
-                )
-        for name in self.probabilities:
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)!r} but a probability lies between 0 and 1.")
-        for name in self.positive:
-            if not getattr(self, name) > 0:
-                raise ValueError(f"`{name}` is {getattr(self, name)!r} but must be greater than 0.")
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if config_dict.get("model_type") in cls.stock_model_types:
-            config_dict["model_type"] = cls.model_type
+            config_dict = cls._adopt(config_dict)
         return config_dict, kwargs
+
+    @classmethod
+    def _adopt(cls, config_dict: dict) -> dict:
+        """The dictionary of a stock configuration as one of this class."""
+        return {**config_dict, "model_type": cls.model_type}
 
     def save_pretrained(self, save_directory, **kwargs):
         # The host writes the entry of the saved class alone; a repository should open under every Auto class it has.

@@ -14,6 +14,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .registry import PROCESSORS
+
 # Beside the package in a wheel, beside it one level up in a checkout.
 _CARDS = next(
     (
@@ -28,6 +30,7 @@ _CARDS = next(
 TASKS = {
     "ForCausalLM": "text-generation",
     "ForMaskedLM": "fill-mask",
+    "Blip2ForPreTraining": "feature-extraction",
     "ForPreTraining": "fill-mask",
     "ForSequenceClassification": "text-classification",
     "ForTokenClassification": "token-classification",
@@ -35,6 +38,7 @@ TASKS = {
     "ForQuestionAnswering": "question-answering",
     "ForMultipleChoice": "multiple-choice",
     "ForImageClassification": "image-classification",
+    "Blip2ForConditionalGeneration": "image-text-to-text",
 }
 
 # Runs where the package cannot be imported; prints nothing unless something is wrong.
@@ -135,6 +139,7 @@ def render_card(
         title=name,
         prose=(_CARDS / f"{family}.md").read_text(encoding="utf-8").strip(),
         auto_class=_auto_class_of(model),
+        reader="AutoProcessor" if type(model.config) in PROCESSORS else "AutoTokenizer",
         reference=_reference_of(model),
         class_name=class_name,
         parameters=f"{model.num_parameters():,}",

@@ -37,3 +37,41 @@ class PreTrainingOutput(ModelOutput):
     seq_relationship_logits: torch.FloatTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class QFormerOutput(ModelOutput):
+    """Output of the Q-Former (Li et al. 2023, "BLIP-2", section 3.1).
+
+    Shapes: `last_hidden_state` (B, Q + T, D), queries before text; `pooler_output` (B, D), the first of them.
+    `past_key_values` holds the keys and values of the queries, for a text that goes on from them.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    pooler_output: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class Blip2PreTrainingOutput(ModelOutput):
+    """Output of BLIP-2's first stage (Li et al. 2023, section 3.2).
+
+    Shapes: `loss` is the weighted sum of the three losses, scalars each: `itc_loss` of image-text contrast, `itm_loss`
+    of image-text matching, `itg_loss` of image-grounded text generation, `None` where its weight is 0.
+    `logits_per_image` (B, B') and `logits_per_text` (B, B') are similarities over the temperature, with the B' texts or
+    images of all processes; `itm_logits` (3B, 2) of the pairs, of those with another image and those with another text;
+    `image_embeds` (B, Q, E) and `text_embeds` (B, E) have length 1.
+    """
+
+    loss: torch.FloatTensor | None = None
+    itc_loss: torch.FloatTensor | None = None
+    itm_loss: torch.FloatTensor | None = None
+    itg_loss: torch.FloatTensor | None = None
+    logits_per_image: torch.FloatTensor | None = None
+    logits_per_text: torch.FloatTensor | None = None
+    itm_logits: torch.FloatTensor | None = None
+    image_embeds: torch.FloatTensor | None = None
+    text_embeds: torch.FloatTensor | None = None

@@ -3,6 +3,7 @@
 from transformers import PreTrainedConfig
 
 from .configuration_bert import CustomBertConfig
+from .configuration_blip2 import CustomBlip2Config
 from .configuration_gpt2 import CustomGPT2Config
 
 _SMALL = {"n_positions": 256, "resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.0}
@@ -30,9 +31,51 @@ _BERT_VISION_MINI = {
         "num_attention_heads": 4,
         "intermediate_size": 512,
         "image_size": 64,
-        "patch_size": 16,
+        "patch_size": 8,
         "initializer_range": 0.08,
     },
+}
+
+# The same tower, a Q-Former and a language model of its width.
+_BLIP2_MINI = {
+    "vision_config": _BERT_VISION_MINI["vision_config"],
+    "qformer_config": {
+        "hidden_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "intermediate_size": 512,
+        "max_position_embeddings": 64,
+        "vocab_size": 1024,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "initializer_range": 0.08,
+        "use_qformer_text_input": True,
+        "bos_token_id": 1,
+    },
+    "text_config": {
+        "model_type": "custom_gpt2",
+        "n_embd": 128,
+        "n_layer": 3,
+        "n_head": 4,
+        "n_positions": 128,
+        "vocab_size": 1024,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "initializer_range": 0.08,
+    },
+    "num_query_tokens": 8,
+    "image_text_hidden_size": 64,
+    "initializer_range": 0.08,
+    "label_smoothing": 0.0,
+    "frozen_modules": [],
+}
+
+_BLIP2_VIT_G = {
+    "qformer_config": {"vocab_size": 30523, "bos_token_id": 30522, "use_qformer_text_input": True},
+    "image_token_index": 50256,
 }
 
 PRESETS: dict[str, tuple[type[PreTrainedConfig], dict]] = {
@@ -40,6 +83,7 @@ PRESETS: dict[str, tuple[type[PreTrainedConfig], dict]] = {
     "gpt2-mini": (CustomGPT2Config, {"n_embd": 256, "n_layer": 4, "n_head": 4, "vocab_size": 1024, **_SMALL}),
     "bert-mini": (CustomBertConfig, _BERT_MINI),
     "bert-vision-mini": (CustomBertConfig, _BERT_VISION_MINI),
+    "blip2-mini": (CustomBlip2Config, _BLIP2_MINI),
     # The published sizes (Radford et al. 2019, table 2).
     "gpt2": (CustomGPT2Config, {}),
     "gpt2-medium": (CustomGPT2Config, {"n_embd": 1024, "n_layer": 24, "n_head": 16}),
@@ -51,6 +95,8 @@ PRESETS: dict[str, tuple[type[PreTrainedConfig], dict]] = {
         CustomBertConfig,
         {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
     ),
+    # The published first stage (Li et al. 2023): ViT-g and a BERT-base of a Q-Former; GPT-2 for the language model.
+    "blip2-vit-g": (CustomBlip2Config, _BLIP2_VIT_G),
 }
 
 

@@ -5,6 +5,7 @@ from importlib import import_module
 import transformers
 from transformers import (
     AutoConfig,
+    AutoProcessor,
     AutoTokenizer,
     BertTokenizer,
     GPT2Tokenizer,
@@ -15,8 +16,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .configuration_bert import CustomBertConfig
-from .configuration_blip2 import CustomBlip2VisionConfig
+from .configuration_blip2 import CustomBlip2Config, CustomBlip2QFormerConfig, CustomBlip2VisionConfig
 from .configuration_gpt2 import CustomGPT2Config
+from .processing_blip2 import CustomBlip2Processor
 
 # One row a family: configuration, and tokenizer or none. Which class serves which Auto class is said by the
 # configuration itself, in `auto_classes`.
@@ -24,7 +26,11 @@ FAMILIES: tuple[tuple[type[PreTrainedConfig], type[PreTrainedTokenizerBase] | No
     (CustomGPT2Config, GPT2Tokenizer),
     (CustomBertConfig, BertTokenizer),
     (CustomBlip2VisionConfig, None),
+    (CustomBlip2QFormerConfig, None),
+    (CustomBlip2Config, None),
 )
+
+PROCESSORS = {CustomBlip2Config: CustomBlip2Processor}
 
 
 def _load(reference: str) -> type:
@@ -53,6 +59,9 @@ def register(replace_stock: bool | None = None) -> None:
             if auto_name == "AutoModelForCausalLM":
                 # Registration does not reach this table, by which the Trainer knows whose labels smoothing must shift.
                 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config_class.model_type] = model_class.__name__
+        if config_class in PROCESSORS:
+            AutoProcessor.register(config_class, PROCESSORS[config_class], exist_ok=True)
+            PROCESSORS[config_class].register_for_auto_class()
         if replace_stock is not None:
             _steer_stock(config_class, replace_stock)
 

@@ -13,6 +13,8 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 import hf_custom  # noqa: E402 - registers the classes
+from hf_custom import modeling_bert, modeling_gpt2  # noqa: E402
+from hf_custom.packing import choose_packing  # noqa: E402
 
 # One thread: the models are tiny, and threads that wait for each other cost more than they compute.
 torch.set_num_threads(1)
@@ -49,6 +51,21 @@ def records():
         warnings.simplefilter("error")
         yield found
     logger.removeHandler(handler)
+
+
+@pytest.fixture
+def packings(monkeypatch):
+    """What each call of a model chose."""
+    chosen = []
+
+    def spy(*args, **kwargs):
+        found = choose_packing(*args, **kwargs)
+        chosen.append(found[0])
+        return found
+
+    for module in (modeling_gpt2, modeling_bert):
+        monkeypatch.setattr(module, "choose_packing", spy)
+    return chosen
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ SCRIPTS = sorted((ROOT / "training").rglob("*.py"))
 LEVELS = [
     ("ops", "outputs"),
     ("checks", "dropout", "matmul"),
-    ("packing", "layers", "losses"),
+    ("contrastive", "packing", "layers", "losses"),
     ("attention",),
     ("configuration_*",),
     ("modeling_*", "processing_*"),
@@ -31,6 +31,8 @@ CONFIGURATION, MODELING = 4, 5
 SIBLINGS = [
     ("configuration_*", "configuration_base"),
     ("configuration_bert", "configuration_blip2"),
+    # The language model of a BLIP-2 is one of ours.
+    ("configuration_blip2", "configuration_gpt2"),
     ("modeling_*", "modeling_*"),
     ("processing_*", "processing_*"),
 ]

@@ -6,9 +6,20 @@ import pytest
 import torch
 from tiny import BERT, BERT_WITH_IMAGES, GPT2, LABELS, MODELS, VISION, VOCAB, name_of
 from torch.overrides import TorchFunctionMode
-from transformers import BertConfig, Blip2VisionConfig, GPT2Config
+from transformers import BertConfig, Blip2Config, Blip2QFormerConfig, Blip2VisionConfig, GPT2Config
 
-from hf_custom import CustomBertConfig, CustomBlip2VisionConfig, CustomBlip2VisionModel, CustomGPT2Config
+from hf_custom import (
+    CustomBertConfig,
+    CustomBlip2Config,
+    CustomBlip2ForConditionalGeneration,
+    CustomBlip2ForImageTextRetrieval,
+    CustomBlip2ForPreTraining,
+    CustomBlip2QFormerConfig,
+    CustomBlip2QFormerModel,
+    CustomBlip2VisionConfig,
+    CustomBlip2VisionModel,
+    CustomGPT2Config,
+)
 
 ROWS = {row.name.removeprefix("CustomGPT2"): row for row in MODELS}
 LM, SEQUENCE, TOKEN, QA, CHOICE = (
@@ -323,6 +334,260 @@ FORWARD |= {
     ]
 }
 
+# --- BLIP-2 ---
+
+QFORMER = {
+    "vocab_size": VOCAB,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "max_position_embeddings": 8,
+    "encoder_hidden_size": VISION["hidden_size"],
+    "use_qformer_text_input": True,
+    "bos_token_id": 98,
+}
+# Two queries an image, whose token is the last of the vocabulary.
+IMAGE_TOKEN = VOCAB - 1
+BLIP2 = {
+    "vision_config": VISION,
+    "qformer_config": QFORMER,
+    "text_config": {**GPT2, "model_type": "custom_gpt2"},
+    "num_query_tokens": 2,
+    "image_token_index": IMAGE_TOKEN,
+}
+WRITER, FIRST_STAGE, SCORER = (
+    CustomBlip2ForConditionalGeneration,
+    CustomBlip2ForPreTraining,
+    CustomBlip2ForImageTextRetrieval,
+)
+
+
+def call_blip2(model_class, fields=None, **inputs):
+    return lambda: model_class(CustomBlip2Config(**{**BLIP2, **(fields or {})})).eval()(**inputs)
+
+
+def call_qformer(num_columns, *args, fields=None, **kwargs):
+    embeds = torch.zeros(3, num_columns, QFORMER["hidden_size"])
+    kwargs = {"encoder_hidden_states": torch.zeros(3, 4, VISION["hidden_size"]), **kwargs}
+    return lambda: CustomBlip2QFormerModel(CustomBlip2QFormerConfig(**{**QFORMER, **(fields or {})}))(
+        embeds, *args, **kwargs
+    )
+
+
+def with_image_tokens(*counts, length=5):
+    """Texts, each of which begins with so many tokens of images."""
+    return torch.where(torch.arange(length) < torch.tensor(counts)[:, None], IMAGE_TOKEN, 1)
+
+
+IMAGES = {"pixel_values": torch.zeros(3, 3, *VISION["image_size"])}
+PROMPT = {"input_ids": with_image_tokens(2, 2, 2)}
+FORWARD |= {
+    "BLIP-2 image tokens few": (
+        call_blip2(WRITER, input_ids=with_image_tokens(2, 1, 2), **IMAGES),
+        ValueError,
+        ("row 1 of `input_ids` has 1 image tokens", "all rows have 5", "3 images of 2 queries need 6", "processor"),
+    ),
+    "BLIP-2 image tokens many": (
+        call_blip2(WRITER, input_ids=with_image_tokens(2, 2, 3), **IMAGES),
+        ValueError,
+        ("row 2 of `input_ids` has 3 image tokens", "all rows have 7"),
+    ),
+    "BLIP-2 image without a place": (
+        call_blip2(WRITER, input_ids=with_image_tokens(2, 2, 0), **IMAGES),
+        ValueError,
+        ("row 2 of `input_ids` has 0 image tokens", "need 6"),
+    ),
+    "BLIP-2 place without an image": (
+        call_blip2(WRITER, **PROMPT, pixel_values=IMAGES["pixel_values"][:2]),
+        ValueError,
+        ("all rows have 6", "2 images of 2 queries need 4"),
+    ),
+    "BLIP-2 without image token": (
+        call_blip2(WRITER, {"image_token_index": None}, **PROMPT, **IMAGES),
+        ValueError,
+        ("no `image_token_index`", "Set it"),
+    ),
+    "BLIP-2 states of another tower": (
+        call_blip2(WRITER, **PROMPT, vision_hidden_states=torch.zeros(3, 7, 8)),
+        ValueError,
+        ("`vision_hidden_states` has shape (3, 7, 8)", "24", "`last_hidden_state`"),
+    ),
+    "BLIP-2 states of one image": (
+        call_blip2(FIRST_STAGE, input_ids=ids(3, 5), vision_hidden_states=torch.zeros(7, 24)),
+        ValueError,
+        ("`vision_hidden_states` has shape (7, 24)", "(batch, 1 + patches, 24)"),
+    ),
+    "BLIP-2 features and images": (
+        call_blip2(WRITER, **PROMPT, **IMAGES, mm_encoder_outputs={"image": torch.zeros(3, 2, 32)}),
+        ValueError,
+        ("`mm_encoder_outputs`", "Leave out the images"),
+    ),
+    "BLIP-2 both texts": (
+        call_blip2(WRITER, **PROMPT, **IMAGES, inputs_embeds=torch.zeros(3, 5, 32)),
+        ValueError,
+        ("exactly one", "`input_ids`", "`inputs_embeds`"),
+    ),
+    "BLIP-2 id beyond": (
+        call_blip2(WRITER, input_ids=ids_with(VOCAB, 1), **IMAGES),
+        ValueError,
+        (f"`input_ids` holds {VOCAB} in row 1", *VOCABULARY),
+    ),
+    "BLIP-2 mask of other columns": (
+        call_blip2(WRITER, **PROMPT, **IMAGES, attention_mask=ones(3, 4)),
+        ValueError,
+        ("(3, 4)", "(3, 5)", "tokenizer"),
+    ),
+    "BLIP-2 label beyond": (
+        call_blip2(WRITER, **PROMPT, **IMAGES, labels=ids_with(VOCAB, 1)),
+        ValueError,
+        (f"`labels` holds {VOCAB} in row 1", "`vocab_size` is 99", *LABEL),
+    ),
+    "BLIP-2 label negative": (
+        call_blip2(WRITER, **PROMPT, **IMAGES, labels=ids_with(-1, 2, (3, 2))),
+        ValueError,
+        ("`labels` holds -1 in row 2", *LABEL),
+    ),
+    "BLIP-2 labels of other rows": (
+        call_blip2(WRITER, **PROMPT, **IMAGES, labels=ids(2, 5)),
+        ValueError,
+        ("`labels` has shape (2, 5)", "(3, 5)"),
+    ),
+    "BLIP-2 labels of more columns": (
+        call_blip2(WRITER, **PROMPT, **IMAGES, labels=ids(3, 6)),
+        ValueError,
+        ("`labels` has shape (3, 6)", "(3, 5)"),
+    ),
+    "BLIP-2 text too long": (
+        call_blip2(WRITER, input_ids=with_image_tokens(2, 2, 2, length=65), **IMAGES),
+        ValueError,
+        TOO_LONG,
+    ),
+    "BLIP-2 fewer texts than images": (
+        call_blip2(FIRST_STAGE, input_ids=ids(2, 5), **IMAGES),
+        ValueError,
+        ("3 images but 2 texts", "one text an image"),
+    ),
+    "BLIP-2 pairs without texts": (call_blip2(FIRST_STAGE, **IMAGES), ValueError, ("`input_ids` is missing", "pairs")),
+    "BLIP-2 scores without texts": (call_blip2(SCORER, **IMAGES), ValueError, ("`input_ids` is missing", "tokenizer")),
+    "BLIP-2 fewer texts than images to match": (
+        call_blip2(SCORER, input_ids=ids(2, 5), use_image_text_matching_head=True, **IMAGES),
+        ValueError,
+        ("3 images but 2 texts", "matching head", "one text an image"),
+    ),
+    "BLIP-2 text too long for the Q-Former": (
+        call_blip2(FIRST_STAGE, input_ids=ids(3, 9), **IMAGES),
+        ValueError,
+        ("row 0 needs position 8", "`max_position_embeddings` is 8", "Truncate"),
+    ),
+    "BLIP-2 id beyond for the Q-Former": (
+        call_blip2(SCORER, {"image_token_index": None}, input_ids=ids_with(VOCAB, 1), **IMAGES),
+        ValueError,
+        (f"`input_ids` holds {VOCAB} in row 1", f"vocabulary of {VOCAB}"),
+    ),
+    "Q-Former without text": (
+        call_qformer(5, 2, fields={"use_qformer_text_input": False}),
+        ValueError,
+        ("3 columns behind the 2 queries", "`use_qformer_text_input=True`"),
+    ),
+    "Q-Former of an unknown mode": (
+        call_qformer(5, 2, attention_mode="causal"),
+        ValueError,
+        ("`attention_mode` is 'causal'", "bidirectional, unimodal, multimodal_causal"),
+    ),
+    "Q-Former with more queries than columns": (call_qformer(5, 6), ValueError, ("`query_length` is 6", "5 columns")),
+    "Q-Former with queries below none": (call_qformer(5, -1), ValueError, ("`query_length` is -1", "5 columns")),
+    "Q-Former without an image": (
+        call_qformer(5, 2, encoder_hidden_states=None),
+        ValueError,
+        ("`encoder_hidden_states`", "`image_key_values`", "`query_length=0`"),
+    ),
+    "Q-Former with a mask of other columns": (
+        call_qformer(5, 2, attention_mask=ones(3, 3)),
+        ValueError,
+        ("`attention_mask` has shape (3, 3)", "(3, 5)"),
+    ),
+    "Q-Former with a mask of another number": (
+        call_qformer(5, 2, attention_mask=ones(3, 5) + ids_with(1, 2)),
+        ValueError,
+        ("`attention_mask` holds 2 in row 2",),
+    ),
+    "Q-Former with an image of another width": (
+        call_qformer(5, 2, encoder_hidden_states=torch.zeros(3, 4, 8)),
+        ValueError,
+        ("`encoder_hidden_states` has shape (3, 4, 8)", "(batch, length, 24)", "`encoder_hidden_size`"),
+    ),
+    "Q-Former with an image without rows": (
+        call_qformer(5, 2, encoder_hidden_states=torch.zeros(4, 24)),
+        ValueError,
+        ("`encoder_hidden_states` has shape (4, 24)", "(batch, length, 24)"),
+    ),
+    "Q-Former with fewer images than rows": (
+        call_qformer(5, 2, encoder_hidden_states=torch.zeros(2, 4, 24)),
+        ValueError,
+        ("2 images but 3 rows",),
+    ),
+    "Q-Former with an image mask of other columns": (
+        call_qformer(5, 2, encoder_attention_mask=ones(3, 5)),
+        ValueError,
+        ("`encoder_attention_mask` has shape (3, 5)", "(3, 4)"),
+    ),
+}
+FORWARD |= {
+    f"BLIP-2 {model_class.__name__} images {what}": (
+        call_blip2(model_class, **PROMPT, **images),
+        ValueError,
+        ("exactly one", "`pixel_values`", "`vision_hidden_states`"),
+    )
+    for model_class in (WRITER, FIRST_STAGE, SCORER)
+    for what, images in [("neither", {}), ("both", {**IMAGES, "vision_hidden_states": torch.zeros(3, 7, 24)})]
+}
+
+
+def test_text_behind_cached_queries_comes_alone():
+    model = CustomBlip2QFormerModel(CustomBlip2QFormerConfig(**QFORMER)).eval()
+    image, embeds = torch.zeros(3, 4, VISION["hidden_size"]), torch.zeros(3, 4, QFORMER["hidden_size"])
+    cached = model(embeds[:, :2], encoder_hidden_states=image, use_cache=True).past_key_values
+    for mode, num_queries in (("bidirectional", 0), ("unimodal", 0), ("multimodal_causal", 2)):
+        assert_refused(
+            lambda mode=mode, num_queries=num_queries: model(
+                embeds, num_queries, None, image, attention_mode=mode, past_key_values=cached
+            ),
+            ValueError,
+            ("`past_key_values`", "`query_length=0`", "`attention_mode='multimodal_causal'`"),
+        )
+
+
+def test_cached_queries_are_refused_while_checkpointing():
+    model = CustomBlip2QFormerModel(CustomBlip2QFormerConfig(**QFORMER)).eval()
+    image, embeds = torch.zeros(3, 4, VISION["hidden_size"]), torch.zeros(3, 4, QFORMER["hidden_size"])
+    cached = model(embeds[:, :2], encoder_hidden_states=image, use_cache=True).past_key_values
+    call = {"query_length": 0, "attention_mode": "multimodal_causal", "past_key_values": cached}
+    model.gradient_checkpointing_enable()
+    model(embeds[:, 2:], **call)
+    words = ("`past_key_values`", "while checkpointing", "queries and text together")
+    assert_refused(lambda: model.train()(embeds[:, 2:], **call), ValueError, words)
+
+
+@pytest.mark.parametrize("inputs", [{}, PROMPT], ids=["image alone", "prompt"])
+def test_generation_without_image_token_is_refused(inputs):
+    model = WRITER(CustomBlip2Config(**{**BLIP2, "image_token_index": None})).eval()
+    words = ("no `image_token_index`", "Set it", "processor")
+    assert_refused(lambda: model.generate(**IMAGES, **inputs, max_new_tokens=2), ValueError, words)
+
+
+@pytest.mark.parametrize(
+    ("model_class", "qformer", "words"),
+    [
+        (SCORER, {"use_qformer_text_input": False}, ("Retrieval", "`use_qformer_text_input` is False", "Set it")),
+        (FIRST_STAGE, {"use_qformer_text_input": False}, ("PreTraining", "`use_qformer_text_input` is False")),
+        (FIRST_STAGE, {"bos_token_id": None}, ("`bos_token_id` is not set", "Add a token", "`qformer_config`")),
+    ],
+)
+def test_class_of_the_first_stage_says_what_its_configuration_lacks(model_class, qformer, words):
+    config = CustomBlip2Config(**{**BLIP2, "qformer_config": {**QFORMER, **qformer}})
+    assert_refused(lambda: model_class(config), ValueError, words)
+
 
 def assert_refused(run, error, words):
     with pytest.raises(error) as caught:
@@ -402,6 +667,33 @@ TOWER_CONFIGS = [
     ({"attention_dropout": 1.5}, ValueError, ("`attention_dropout` is 1.5", "between 0 and 1")),
     ({"initializer_range": 0.0}, ValueError, ("`initializer_range` is 0.0", "greater than 0")),
 ]
+QFORMER_CONFIGS = [
+    ({"num_attention_heads": 5}, ValueError, ("`num_attention_heads` (5)", "`hidden_size` (16)")),
+    ({"cross_attention_frequency": 0}, ValueError, ("`cross_attention_frequency` is 0", "from 1")),
+    ({"encoder_hidden_size": 0}, ValueError, ("`encoder_hidden_size` is 0", "from 1")),
+    ({"num_hidden_layers": 0}, ValueError, ("`num_hidden_layers` is 0", "from 1")),
+    ({"hidden_dropout_prob": 1.5}, ValueError, ("`hidden_dropout_prob` is 1.5", "between 0 and 1")),
+    ({"layer_norm_eps": 0.0}, ValueError, ("`layer_norm_eps` is 0.0", "greater than 0")),
+]
+BLIP2_CONFIGS = [
+    ({"text_config": BertConfig()}, ValueError, ("`text_config` is of type 'bert'", "custom_gpt2, gpt2, opt, t5")),
+    ({"frozen_modules": ["vision_tower"]}, ValueError, ("`frozen_modules` names 'vision_tower'", "vision_model, ")),
+    ({"num_query_tokens": 0}, ValueError, ("`num_query_tokens` is 0", "from 1")),
+    ({"image_text_hidden_size": 0}, ValueError, ("`image_text_hidden_size` is 0", "from 1")),
+    ({"itm_loss_weight": -1}, ValueError, ("`itm_loss_weight` is -1", "0 or more")),
+    ({f"it{name}_loss_weight": 0 for name in "cmg"}, ValueError, ("all three loss weights are 0", "Raise one")),
+    *(
+        (
+            {"qformer_config": CustomBlip2QFormerConfig(**{**QFORMER, "bos_token_id": token})},
+            ValueError,
+            (f"`bos_token_id` is {token}", "`vocab_size` is 99", "`qformer_config`"),
+        )
+        for token in (VOCAB, -1)
+    ),
+    ({"itc_temperature": 0.0}, ValueError, ("`itc_temperature` is 0.0", "greater than 0")),
+    ({"label_smoothing": 1.5}, ValueError, ("`label_smoothing` is 1.5", "between 0 and 1")),
+    ({"loss_chunk_size": 0}, ValueError, ("`loss_chunk_size` is 0", "from 1")),
+]
 # (configuration, its tiny fields, the model, what to change, exception, words of its message).
 EVERY_CONFIG = [
     (config_class, base, model_class, *row)
@@ -409,6 +701,8 @@ EVERY_CONFIG = [
         (CustomGPT2Config, GPT2, ROWS[LM].model_class, CONFIGS),
         (CustomBertConfig, BERT, ROWS[MASKED].model_class, BERT_CONFIGS),
         (CustomBlip2VisionConfig, VISION, CustomBlip2VisionModel, TOWER_CONFIGS),
+        (CustomBlip2QFormerConfig, QFORMER, CustomBlip2QFormerModel, QFORMER_CONFIGS),
+        (CustomBlip2Config, BLIP2, WRITER, BLIP2_CONFIGS),
     ]
     for row in rows
 ]
@@ -416,6 +710,14 @@ EVERY_CONFIG = [
 ONLY_AT_CONSTRUCTION = [
     (CustomGPT2Config, GPT2, None, {"num_labels": 2 * 10**6}, ValueError, ("`num_labels` is 2000000",)),
     (CustomBertConfig, BERT_WITH_IMAGES, None, {"is_decoder": True}, ValueError, ("`vision_config`", "`is_decoder`")),
+    (
+        CustomBlip2Config,
+        BLIP2,
+        None,
+        {"text_config": {"model_type": "llama"}},
+        ValueError,
+        ("`text_config` is of type 'llama'", "one of custom_gpt2, gpt2, opt, t5", "`text_config['model_type']`"),
+    ),
 ]
 each_config = ("config_class", "base", "model_class", "fields", "error", "words")
 ONE_MEGABYTE = 2**20
@@ -470,9 +772,18 @@ def test_stock_configuration_is_refused_with_its_conversion(row):
     assert_refused_empty_handed(lambda: row.model_class(stock()), TypeError, words)
 
 
-def test_stock_configuration_of_the_tower_is_refused_with_its_conversion():
-    words = ("CustomBlip2VisionModel", "Blip2VisionConfig", "from_dict(config.to_dict())")
-    assert_refused_empty_handed(lambda: CustomBlip2VisionModel(Blip2VisionConfig()), TypeError, words)
+@pytest.mark.parametrize(
+    ("model_class", "stock"),
+    [
+        (CustomBlip2VisionModel, Blip2VisionConfig),
+        (CustomBlip2QFormerModel, Blip2QFormerConfig),
+        (WRITER, Blip2Config),
+        (FIRST_STAGE, Blip2Config),
+    ],
+)
+def test_stock_configuration_of_blip2_is_refused_with_its_conversion(model_class, stock):
+    words, config = (model_class.__name__, stock.__name__, "from_dict(config.to_dict())"), stock()
+    assert_refused_empty_handed(lambda: model_class(config), TypeError, words)
 
 
 @pytest.mark.parametrize("row", MODELS, ids=name_of)

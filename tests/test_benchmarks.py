@@ -1,6 +1,7 @@
 """The benchmarks: what they compare is equal or no ratio is shown, and their texts have the padding they claim."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
 from training.benchmarks import __main__ as benchmarks
-from training.benchmarks.contenders import OURS, STOCK, Setting, comparisons, sweeps
+from training.benchmarks.contenders import OURS, STOCK, Comparison, Setting, comparisons, sweeps
 from training.benchmarks.report import flops_per_token, plot_sweeps, summary, table, write
 from training.benchmarks.texts import batches, draw_documents, full_documents, shorten
 from training.benchmarks.worker import WORKLOADS, answer
@@ -69,11 +70,39 @@ def test_contenders_compute_the_same(name, tmp_path):
         assert benchmarks.disagreement(path, proofs[-1], 1e-5) is None
 
 
-@pytest.mark.parametrize("name", ["train", "mlm"])
-def test_dropout_is_set_in_either_family(name, tmp_path):
-    spec = spec_of(Setting("stock", dropout=0.3), checkpoint_for(name, tmp_path), tmp_path)
+@pytest.mark.parametrize("name", ["pretrain", "caption"])
+def test_stages_compute_the_same(name, tmp_path):
+    """Of a plain loop over stock's modules, of ours, and of ours from kept states of the tower."""
+    proofs, norms = [], []
+    for setting in (STOCK, Setting("ours", cached_features=True), OURS):
+        torch.manual_seed(1)
+        spec = spec_of(setting, "", tmp_path, preset="blip2-mini", batch_size=4)
+        workload = WORKLOADS[name](spec)
+        assert type(workload.model).__name__.startswith("Custom") == (setting.library == "ours")
+        assert ("vision_hidden_states" in workload.batches[0]) == setting.cached_features
+        frozen = {part for part, weight in workload.model.named_parameters() if not weight.requires_grad}
+        assert frozen and all("vision_model" in part or "language_model" in part for part in frozen)
+        # By which the wrong partners are drawn.
+        torch.manual_seed(2)
+        proofs.append(answer(workload, "proof", spec)["path"])
+        assert answer(workload, "round", spec)["seconds"] > 0
+        norms.append(torch.load(proofs[-1])["gradient norm"])
+    for path in proofs[:-1]:
+        assert benchmarks.disagreement(path, proofs[-1], 1e-5) is None
+    assert norms[-1] > 0
+
+
+@pytest.mark.parametrize("name", ["train", "mlm", "pretrain", "caption"])
+def test_dropout_is_set_in_every_family(name, tmp_path):
+    checkpoint = "" if name in ("pretrain", "caption") else checkpoint_for(name, tmp_path)
+    spec = spec_of(Setting("stock", dropout=0.3), checkpoint, tmp_path, preset="blip2-mini")
     found = {module.p for module in WORKLOADS[name](spec).model.modules() if isinstance(module, torch.nn.Dropout)}
     assert found == {0.3}
+
+
+def test_every_benchmark_is_compared():
+    compared = {"train", "mlm", "encode", "sentences", "decode", "loss", "pretrain", "caption"}
+    assert compared == set(benchmarks.NAMES) == set(WORKLOADS)
 
 
 def test_losses_compute_the_same(tmp_path):
@@ -137,6 +166,12 @@ def test_ratio_is_shown_of_equal_outputs_alone():
     assert rows["stock"][7].strip() == "2.00 x as fast" and rows["stock"][8].strip() == "0.50 of it"
     assert rows["stock, bf16"][7].strip() == "no ratio: loss off" and not rows["stock, bf16"][8].strip()
     assert "50% padding" in text
+
+
+def test_no_share_of_the_machine_is_claimed_of_pairs():
+    text = table({**result_of(contender("stock", 3.0), contender("ours", 1.5)), "name": "pretrain"})
+    cells = next(line.split("|") for line in text.splitlines() if line.startswith("| stock"))
+    assert not cells[5].strip() and cells[7].strip() == "2.00 x as fast"
 
 
 def test_flops_are_six_a_weight_and_token():
@@ -205,7 +240,11 @@ def test_grouping_leaves_less_padding():
 def test_every_benchmark_has_rows(device):
     rows = [row for name in benchmarks.NAMES for row in comparisons(name, device)]
     rows += [row for members in sweeps(device).values() for row in members]
-    assert all(row.ours.library == "ours" and row.stock[0].library == "stock" for row in rows)
+    # What kept states of the tower save is said beside ours without them.
+    kept = [row for row in rows if row.ours.cached_features]
+    assert len(kept) == 1 and kept[0].stock == (replace(kept[0].ours, cached_features=False),)
+    others = [row for row in rows if row not in kept]
+    assert all(row.ours.library == "ours" and row.stock[0].library == "stock" for row in others)
 
 
 @pytest.mark.parametrize(
@@ -225,11 +264,13 @@ def test_mistake_is_one_line(argv, message):
 
 
 def test_command_measures_and_writes(tmp_path, monkeypatch, capsys):
+    small = Comparison("a few rows", OURS, (STOCK,), {"rows": 64, "width": 32})
     monkeypatch.setattr(benchmarks, "machine", lambda device: MACHINE)
+    monkeypatch.setattr(benchmarks, "comparisons", lambda name, device: [small])
     benchmarks.main(["loss", "--preset", "gpt2-mini", "--output", str(tmp_path)])
     result = json.loads((tmp_path / "loss-gpt2-mini-cpu.json").read_text())
     contenders = result["rows"][0]["contenders"]
-    assert [row["name"] for row in contenders] == ["stock", "torch", "ours"]
+    assert [row["name"] for row in contenders] == ["stock", "ours"]
     assert all(row["disagreement"] is None and len(row["rounds"]) == 5 for row in contenders)
     assert "x as fast" in capsys.readouterr().out
 

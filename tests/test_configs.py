@@ -11,7 +11,16 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from tiny import BERT, GPT2, VISION, VOCAB, widen
-from transformers import AutoConfig, BertConfig, Blip2VisionConfig, GPT2Config, PreTrainedConfig, set_seed
+from transformers import (
+    AutoConfig,
+    BertConfig,
+    Blip2Config,
+    Blip2QFormerConfig,
+    Blip2VisionConfig,
+    GPT2Config,
+    PreTrainedConfig,
+    set_seed,
+)
 
 from hf_custom import (
     CustomBertConfig,
@@ -19,6 +28,12 @@ from hf_custom import (
     CustomBertForMaskedLM,
     CustomBertForSequenceClassification,
     CustomBertModel,
+    CustomBlip2Config,
+    CustomBlip2ForConditionalGeneration,
+    CustomBlip2ForImageTextRetrieval,
+    CustomBlip2ForPreTraining,
+    CustomBlip2QFormerConfig,
+    CustomBlip2QFormerModel,
     CustomBlip2VisionConfig,
     CustomBlip2VisionModel,
     CustomGPT2Config,
@@ -30,6 +45,22 @@ from hf_custom import (
 from hf_custom.registry import FAMILIES
 
 IDS = torch.arange(24).view(2, 12) % 8
+# A BLIP-2 whose texts go through the Q-Former too. `IMAGE_IDS` hold the image's two tokens twice, under two ids.
+QFORMER = {
+    **{name: BERT[name] for name in BERT.keys() & {item.name for item in fields(Blip2QFormerConfig)}},
+    "encoder_hidden_size": VISION["hidden_size"],
+    "use_qformer_text_input": True,
+    "bos_token_id": 97,
+}
+BLIP2 = {
+    "vision_config": VISION,
+    "qformer_config": QFORMER,
+    "text_config": GPT2,
+    "num_query_tokens": 2,
+    "image_token_index": 96,
+    "frozen_modules": [],
+}
+IMAGE_IDS = torch.tensor([[96, 96, 95, 95, 1, 2, 3], [96, 96, 95, 95, 4, 5, 6]])
 
 
 def shapes(config, model_class=CustomGPT2ForCausalLM):
@@ -162,6 +193,87 @@ def tower_std(config):
     return CustomBlip2VisionModel(config).embeddings.position_embedding.std().item()
 
 
+def qformer_shapes(config):
+    return shapes(config, CustomBlip2QFormerModel)
+
+
+def qformer_states(config):
+    """In training mode, so that dropout shows."""
+    model = wide_model(config, CustomBlip2QFormerModel).train()
+    set_seed(1)
+    image = torch.randn(2, 5, config.encoder_hidden_size)
+    return model(torch.randn(2, 3, config.hidden_size), encoder_hidden_states=image).last_hidden_state.tolist()
+
+
+def qformer_std(config):
+    set_seed(0)
+    return CustomBlip2QFormerModel(config).encoder.layer[0].attention.attention.query.weight.std().item()
+
+
+def reader_of(config):
+    return CustomBlip2Config(**{**BLIP2, "qformer_config": config.to_dict()})
+
+
+def reader_shapes(config):
+    """Of the texts' embeddings too, which the Q-Former leaves to the model around it."""
+    return shapes(reader_of(config), CustomBlip2ForImageTextRetrieval)
+
+
+def reader_padding_row(config):
+    """The word whose vector is zero at first and gets no gradient."""
+    set_seed(0)
+    weight = CustomBlip2ForImageTextRetrieval(reader_of(config)).embeddings.word_embeddings.weight
+    return weight.square().sum(-1).argmin().item()
+
+
+def reader_loss(config):
+    return first_stage_loss(reader_of(config))
+
+
+def blip2_shapes(config):
+    return shapes(config, CustomBlip2ForConditionalGeneration)
+
+
+def blip2_logits(config):
+    model = wide_model(config, CustomBlip2ForConditionalGeneration).train()
+    set_seed(1)
+    return model(torch.randn(2, 3, *config.vision_config.image_shape), IMAGE_IDS).logits.tolist()
+
+
+def blip2_std(config):
+    set_seed(0)
+    return CustomBlip2ForConditionalGeneration(config).query_tokens.std().item()
+
+
+def blip2_trained(config):
+    model = CustomBlip2ForConditionalGeneration(config)
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def blip2_largest_product(config):
+    """Rows of the largest product with the output weight, while the training loss is computed."""
+    rows = []
+    model = wide_model(config, CustomBlip2ForConditionalGeneration).train()
+    model.get_output_embeddings().register_forward_hook(lambda module, inputs, output: rows.append(output.shape[0]))
+    images = torch.randn(2, 3, *config.vision_config.image_shape)
+    model(images, IMAGE_IDS, labels=IMAGE_IDS).loss.backward()
+    return max(rows)
+
+
+def first_stage_shapes(config):
+    return shapes(config, CustomBlip2ForPreTraining)
+
+
+def first_stage_loss(config):
+    model = wide_model(config, CustomBlip2ForPreTraining).train()
+    set_seed(1)
+    return model(torch.randn(2, 3, *config.vision_config.image_shape), IDS[:, :6]).loss.item()
+
+
+def first_scale(config):
+    return CustomBlip2ForPreTraining(config).logit_scale.item()
+
+
 @dataclass(frozen=True)
 class Effect:
     """A value that is not the default, what it changes, and the other fields it needs to do so."""
@@ -246,12 +358,58 @@ EFFECTS = {
         "initializer_range": Effect(0.5, tower_std),
         "qkv_bias": Effect(False, tower_shapes),
     },
+    CustomBlip2QFormerConfig: {
+        "vocab_size": Effect(VOCAB + 5, reader_shapes),
+        "hidden_size": Effect(48, qformer_shapes),
+        "num_hidden_layers": Effect(3, qformer_shapes),
+        "num_attention_heads": Effect(2, qformer_states),
+        "intermediate_size": Effect(40, qformer_shapes),
+        "hidden_act": Effect("relu", qformer_states),
+        "hidden_dropout_prob": Effect(0.5, qformer_states),
+        "attention_probs_dropout_prob": Effect(0.3, qformer_states),
+        "max_position_embeddings": Effect(48, reader_shapes),
+        "initializer_range": Effect(0.5, qformer_std),
+        "layer_norm_eps": Effect(0.2, qformer_states),
+        "pad_token_id": Effect(7, reader_padding_row),
+        "cross_attention_frequency": Effect(1, qformer_shapes),
+        "encoder_hidden_size": Effect(56, qformer_shapes),
+        "use_qformer_text_input": Effect(True, qformer_shapes, {"use_qformer_text_input": False}),
+        "bos_token_id": Effect(8, reader_loss),
+    },
+    CustomBlip2Config: {
+        "vision_config": Effect({**VISION, "num_hidden_layers": 2}, blip2_shapes),
+        "qformer_config": Effect({**QFORMER, "num_hidden_layers": 3}, blip2_shapes),
+        "text_config": Effect({**GPT2, "n_layer": 2}, blip2_shapes),
+        "num_query_tokens": Effect(3, blip2_shapes),
+        "image_text_hidden_size": Effect(24, first_stage_shapes),
+        "image_token_index": Effect(95, blip2_logits),
+        "initializer_range": Effect(0.5, blip2_std),
+        "tie_word_embeddings": Effect(False, first_stage_shapes),
+        "frozen_modules": Effect(["language_model"], blip2_trained),
+        "itc_loss_weight": Effect(2.0, first_stage_loss),
+        "itm_loss_weight": Effect(2.0, first_stage_loss),
+        "itg_loss_weight": Effect(2.0, first_stage_loss),
+        "itc_temperature": Effect(0.5, first_scale),
+        "label_smoothing": Effect(0.3, first_stage_loss),
+        "loss_chunk_size": Effect(4, blip2_largest_product),
+    },
 }
-BASES = {CustomGPT2Config: GPT2, CustomBertConfig: BERT, CustomBlip2VisionConfig: VISION}
+# Stock has it and reads it as little.
+UNREAD = {CustomBlip2Config: {"initializer_factor"}}
+PARTS = ("vision_config", "qformer_config", "text_config")
+BASES = {
+    CustomGPT2Config: GPT2,
+    CustomBertConfig: BERT,
+    CustomBlip2VisionConfig: VISION,
+    CustomBlip2QFormerConfig: QFORMER,
+    CustomBlip2Config: BLIP2,
+}
 STOCK = {
     CustomGPT2Config: GPT2Config,
     CustomBertConfig: BertConfig,
     CustomBlip2VisionConfig: Blip2VisionConfig,
+    CustomBlip2QFormerConfig: Blip2QFormerConfig,
+    CustomBlip2Config: Blip2Config,
 }
 # Stock's is for loading and does not train.
 OUR_DEFAULTS = {CustomBlip2VisionConfig: {"initializer_range": 0.02}}
@@ -266,7 +424,7 @@ def test_every_declared_field_has_a_row():
     assert EFFECTS.keys() == {config_class for config_class, _ in FAMILIES}
     shared = {item.name for item in fields(PreTrainedConfig)}
     for config_class, rows in EFFECTS.items():
-        assert rows.keys() == {item.name for item in fields(config_class)} - shared
+        assert rows.keys() == {item.name for item in fields(config_class)} - shared - UNREAD.get(config_class, set())
 
 
 @each_field
@@ -285,7 +443,7 @@ def test_initializer_range_is_the_scale():
 @each_class
 def test_every_field_survives_json(config_class, tmp_path):
     # No decoder reads images; tests/test_image_text.py saves models that do.
-    values = {name: effect.value for name, effect in EFFECTS[config_class].items() if name != "vision_config"}
+    values = {name: effect.value for name, effect in EFFECTS[config_class].items() if name not in PARTS}
     default = config_class()
     assert all(value != getattr(default, name) for name, value in values.items())
     config = config_class(**values)
@@ -310,7 +468,11 @@ def test_stock_fields_have_stock_types_and_defaults(config_class):
 
 @each_class
 def test_default_and_stock_dictionary_load_in_silence(config_class, caplog):
-    config = config_class.from_dict({**STOCK[config_class]().to_dict(), **OUR_DEFAULTS.get(config_class, {})})
+    stored = {**STOCK[config_class]().to_dict(), **OUR_DEFAULTS.get(config_class, {})}
+    if config_class is CustomBlip2Config:
+        # Stock's language model is OPT, and its tower starts at another scale.
+        stored |= {"text_config": {}, "vision_config": {}}
+    config = config_class.from_dict(stored)
     assert config.model_type == config_class.model_type
     assert config.to_dict() == config_class().to_dict()
     assert not caplog.records
@@ -323,6 +485,48 @@ def test_stock_folder_loads_in_silence(model_type, tmp_path, caplog):
     config = CustomGPT2Config.from_pretrained(tmp_path)
     assert (config.model_type, config.n_layer) == ("custom_gpt2", 3)
     assert not caplog.records
+
+
+def test_parts_survive_json(tmp_path):
+    """Whatever the type of the language model, and as fields replaced at loading."""
+    text = {"model_type": "opt", "hidden_size": 16, "num_attention_heads": 2}
+    config = CustomBlip2Config(**{**BLIP2, "text_config": text})
+    assert text["model_type"] == "opt"
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert loaded.to_json_string() == config.to_json_string()
+    for part in PARTS:
+        assert type(getattr(loaded, part)) is type(getattr(config, part))
+    assert (loaded.text_config.model_type, loaded.text_config.hidden_size) == ("opt", 16)
+    assert loaded.vision_config.image_shape == (8, 12)
+    changed = CustomBlip2Config.from_pretrained(tmp_path, text_config={"model_type": "t5", "d_model": 24})
+    assert (changed.text_config.model_type, changed.text_config.d_model) == ("t5", 24)
+    assert changed.is_encoder_decoder and not changed.use_decoder_only_language_model
+    assert not loaded.is_encoder_decoder and loaded.use_decoder_only_language_model
+
+
+def test_width_of_the_image_is_that_of_the_tower():
+    config = CustomBlip2Config(vision_config=VISION, qformer_config={"encoder_hidden_size": 7})
+    assert config.qformer_config.encoder_hidden_size == VISION["hidden_size"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"text_config": {"model_type": "bert"}}, ("`text_config`", "'bert'", "custom_gpt2, gpt2, opt, t5")),
+        ({"frozen_modules": ["q_former"]}, ("`frozen_modules`", "'q_former'", "qformer")),
+        ({"num_query_tokens": 0}, ("`num_query_tokens`", "0")),
+        ({"itm_loss_weight": -1.0}, ("`itm_loss_weight`", "-1.0")),
+        ({"itc_temperature": 0.0}, ("`itc_temperature`", "0.0")),
+        ({"qformer_config": {"cross_attention_frequency": 0}}, ("`cross_attention_frequency`", "0")),
+        ({"num_query_token": 3}, ("`num_query_token`", "did you mean `num_query_tokens`")),
+    ],
+    ids=str,
+)
+def test_bad_blip2_is_refused_by_name(fields, words):
+    with pytest.raises(ValueError) as caught:
+        CustomBlip2Config(**{**BLIP2, **fields})
+    assert all(word in str(caught.value) for word in words), caught.value
 
 
 @pytest.mark.parametrize(
@@ -454,7 +658,7 @@ def test_key_of_published_repositories_is_accepted(key):
     assert CustomGPT2Config.from_dict({"model_type": "gpt2", key: KNOWN[key]}).n_layer == 12
 
 
-@each_class
+@pytest.mark.parametrize("config_class", [found for found in EFFECTS if found is not CustomBlip2Config])
 def test_standard_names_are_accepted(config_class):
     values = {"hidden_size": 48, "num_attention_heads": 6, "num_hidden_layers": 2, "max_position_embeddings": 16}
     config = config_class(**values)

@@ -15,6 +15,17 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 ROWS = MODELS + VARIANTS
 CASES = [pytest.param(row, option, id=f"{row.name}-{name_of(option)}") for row in ROWS for option in row.options]
 each_case = pytest.mark.parametrize(("row", "option"), CASES)
+# For a second way of doing the same: each case in the first, each model in the second.
+WITH_FLAG = [
+    pytest.param(*case.values, flag, id=f"{case.id}-{flag}")
+    for case in CASES
+    for flag in ((False, True) if case.values[1] == {} else (False,))
+]
+# Options that change which weights there are, or their shapes.
+SHAPES = ("position_embedding_type", "n_inner", "tie_word_embeddings", "classifier_hidden_size", "vision_config")
+each_shape = pytest.mark.parametrize(
+    ("row", "option"), [case for case in CASES if all(name in SHAPES for name in case.values[1])]
+)
 each_model = pytest.mark.parametrize("row", ROWS, ids=name_of)
 
 LABELLED = [pytest.param(row, {}, row.draw_labels, id=row.name) for row in ROWS if row.draw_labels(1, LENGTH)]
@@ -97,8 +108,7 @@ def test_every_parameter_receives_a_gradient(row, option):
     assert reached == [name for name, _ in model.named_parameters() if name not in without]
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
-@each_case
+@pytest.mark.parametrize(("row", "option", "use_reentrant"), WITH_FLAG)
 def test_checkpointing_changes_no_gradient(row, option, use_reentrant):
     model = row.build(**{**with_dropout(row, 0.1), **option})
     # Checkpointing turns the cache off, and with it the layout of keys, which shows in the last bit.
@@ -156,7 +166,7 @@ def weight_files(folder):
     return sorted(path.name for path in folder.iterdir() if path.suffix not in (".py", ".json"))
 
 
-@each_case
+@each_shape
 def test_loading_leaves_no_garbage(row, option, tmp_path):
     batch, fresh = batch_of(row), row.build(**option)
     fresh.save_pretrained(tmp_path)
@@ -171,9 +181,9 @@ def test_loading_leaves_no_garbage(row, option, tmp_path):
     assert_equal(tensors_of(loaded(**batch)), tensors_of(fresh(**batch)))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@each_case
-def test_half_precision_runs_and_is_kept_in_shards(row, option, dtype, tmp_path):
+@pytest.mark.parametrize(("row", "option", "is_float16"), WITH_FLAG)
+def test_half_precision_runs_and_is_kept_in_shards(row, option, is_float16, tmp_path):
+    dtype = torch.float16 if is_float16 else torch.bfloat16
     model, batch = row.build(**option).to(dtype), batch_of(row)
     outputs = tensors_of(model(**batch))
     assert all(value.isfinite().all() for value in outputs.values())
@@ -218,7 +228,7 @@ def test_padded_rows_equal_unpadded_ones(row, option, padding):
 
 
 @pytest.mark.parametrize("size", [VOCAB + 13, VOCAB - 9])
-@each_case
+@each_shape
 def test_resized_vocabulary_keeps_its_rows(row, option, size):
     model, inputs = row.build(**option), row.inputs()
     inputs["input_ids"] %= size
@@ -317,18 +327,15 @@ def trained_weights(row, option, rows, batch_size, folder):
     return dict(model.named_parameters())
 
 
-# Heads whose loss is that of another in the table, with as many labels: one of them shows what the Trainer counts.
-SAME_LOSS = ("NextSentencePrediction", "VisualQuestionAnswering", "ImageTextRetrieval", "ForMaskedLM-with-images")
-
-
-@pytest.mark.parametrize(
-    ("row", "option", "draw_labels"),
-    [
-        case
-        for case in LABELLED
-        if not case.id.endswith(SAME_LOSS) and not re.search(r"CustomBert.*-(regression|multi_label)", case.id)
-    ],
+# One of each kind of labels that the Trainer counts: shifted ones, those of tokens, of sequences, real numbers, two
+# losses, and positions, of which it counts none.
+COUNTED = re.compile(
+    "CustomGPT2(ForCausalLM|ForSequenceClassification(-regression)?|ForQuestionAnswering|DoubleHeadsModel)"
+    "|CustomBert(ForMaskedLM|ForPreTraining)"
 )
+
+
+@pytest.mark.parametrize(("row", "option", "draw_labels"), [case for case in LABELLED if COUNTED.fullmatch(case.id)])
 def test_trainer_accumulates_as_one_large_batch(row, option, draw_labels, tmp_path):
     batch, _ = micro_batches(row, draw_labels)
     rows = [{name: tensor[index] for name, tensor in batch.items()} for index in range(4)]

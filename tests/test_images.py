@@ -2,13 +2,15 @@
 
 import io
 import json
+import struct
+import zlib
 
 import datasets
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 from transformers import AutoImageProcessor, BlipImageProcessorPil
 
 from training.image_tables import (
@@ -212,6 +214,68 @@ def test_unreadable_image_is_named(source, words):
     assert "\n" not in str(error.value)
     for word in words:
         assert word in str(error.value)
+
+
+def test_file_that_was_cut_off_is_named(tmp_path):
+    content = picture(0, size=(200, 120), kind="jpeg")
+    (tmp_path / "x.jpg").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"row 7 of t\.csv cannot be read \(.*truncated"):
+        decode_image(str(tmp_path / "x.jpg"), "row 7 of t.csv")
+
+
+def claiming(width, height):
+    """A small file that says it holds an image of this size."""
+    content = bytearray(picture(0))
+    content[16:24] = struct.pack(">II", width, height)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    return bytes(content)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [((20_000, 5_001), "20000 x 5001 pixels, more than 100,000,000"), ((60_000, 60_000), "DecompressionBombError")],
+)
+def test_image_that_would_fill_the_memory_is_refused(size, words, monkeypatch):
+    """Before it is decoded."""
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("decoded"))
+    with pytest.raises(ValueError, match=f"the image in row 0 of t .*{words}"):
+        decode_image(claiming(*size), "row 0 of t")
+
+
+def test_largest_image_is_read(monkeypatch):
+    monkeypatch.setattr("training.images.MOST_PIXELS", 20 * 12)
+    assert decode_image(picture(0), "row 0 of t").size == (20, 12)
+    with pytest.raises(ValueError, match="row 1 of t has 21 x 12 pixels, more than 240"):
+        decode_image(picture(0, size=(21, 12)), "row 1 of t")
+
+
+def test_rows_without_an_image_are_skipped_on_request(tmp_path, capsys):
+    """Rows that share one are skipped together; all splits are counted in one line."""
+    files, images = write_pair(tmp_path)
+    test_files, test_images = write_pair(tmp_path, "test", 2)
+    sources = [picture(0), b"no image", picture(2), picture(3)[:200]]
+    rewrite(images, lambda f: f.assign(image=[{"bytes": source, "path": None} for source in sources]))
+    rewrite(test_images, lambda f: f.assign(image=[{"bytes": None, "path": "nowhere.png"}, f.image[1]]))
+    tables = {"files": [files], "images": [images], "test_files": [test_files], "test_images": [test_images]}
+    assert [len(rows) for rows in load(**tables).values()] == [6, 4, 2]
+    assert "skipped" not in capsys.readouterr().out
+    splits = load(**tables, skip_missing_images=True)
+    found = {name: rows.rows["answer"] for name, rows in splits.items()}
+    assert sorted([*found["train"], *found["validation"]]) == ["0a", "0b", "2a", "2b"]
+    assert list(found["test"]) == ["1a", "1b"]
+    for rows in splits.values():
+        assert rows.sources == [picture(int(answer[0])) for answer in rows.rows["answer"]]
+    assert [line for line in capsys.readouterr().out.splitlines() if "skipped" in line] == [
+        "6 of 12 rows skipped: their image is not there or cannot be read (--skip_missing_images)"
+    ]
+
+
+def test_nothing_left_to_read_is_refused(tmp_path):
+    files, images = write_pair(tmp_path)
+    rewrite(images, lambda f: f.assign(image=[{"bytes": None, "path": f"{n}.png"} for n in range(4)]))
+    with pytest.raises(ValueError, match="no image of the train rows can be read"):
+        load(files=[files], images=[images], skip_missing_images=True)
 
 
 def test_processor_of_another_size_is_refused():

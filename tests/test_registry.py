@@ -8,8 +8,17 @@ from importlib import import_module
 import pytest
 import torch
 import transformers
-from tiny import MODELS, VISION, name_of, tokenizer, widen
-from transformers import AutoConfig, AutoTokenizer, BertConfig, Blip2VisionConfig, GPT2Config, GPT2Tokenizer
+from tiny import BERT, GPT2, MODELS, VISION, name_of, tokenizer, widen
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BertConfig,
+    Blip2Config,
+    Blip2QFormerConfig,
+    Blip2VisionConfig,
+    GPT2Config,
+    GPT2Tokenizer,
+)
 
 import hf_custom
 from hf_custom.registry import FAMILIES
@@ -19,6 +28,23 @@ STOCK = {
     hf_custom.CustomGPT2Config: GPT2Config,
     hf_custom.CustomBertConfig: BertConfig,
     hf_custom.CustomBlip2VisionConfig: Blip2VisionConfig,
+    hf_custom.CustomBlip2QFormerConfig: Blip2QFormerConfig,
+    hf_custom.CustomBlip2Config: Blip2Config,
+}
+SQUARE = {**VISION, "image_size": 8}
+QFORMER = {name: BERT[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")}
+QFORMER |= {"intermediate_size": 48, "encoder_hidden_size": VISION["hidden_size"]}
+# Those that no row of `MODELS` has.
+TINY = {
+    hf_custom.CustomBlip2VisionConfig: SQUARE,
+    hf_custom.CustomBlip2QFormerConfig: QFORMER,
+    hf_custom.CustomBlip2Config: {
+        "vision_config": SQUARE,
+        "qformer_config": QFORMER,
+        "text_config": {**GPT2, "model_type": "gpt2"},
+        "num_query_tokens": 2,
+        "image_token_index": 96,
+    },
 }
 TOKENIZERS = dict(FAMILIES)
 AUTO = [
@@ -36,8 +62,8 @@ STEERED = [
 
 
 def tiny_config(config_class):
-    if config_class is hf_custom.CustomBlip2VisionConfig:
-        return config_class(**{**VISION, "image_size": 8})
+    if config_class in TINY:
+        return config_class(**TINY[config_class])
     return next(row for row in MODELS if row.config_class is config_class).config()
 
 
@@ -133,6 +159,10 @@ def stock_folder(config_class, auto_name, folder):
 
 def draw_batch(config_class, auto_name, folder):
     """What the model of a folder reads."""
+    if config_class is hf_custom.CustomBlip2QFormerConfig:
+        return {"query_embeds": torch.randn(2, 3, 32), "encoder_hidden_states": torch.randn(2, 5, 24)}
+    if config_class is hf_custom.CustomBlip2Config:
+        return {"pixel_values": torch.randn(2, 3, 8, 8), "input_ids": torch.tensor([[96, 96, 1, 2], [96, 96, 3, 4]])}
     if TOKENIZERS[config_class] is None:
         return {"pixel_values": torch.randn(2, 3, 8, 8)}
     tokens = AutoTokenizer.from_pretrained(folder)(["the cat", "that hat!"], padding=True, return_tensors="pt")

@@ -20,7 +20,16 @@ def test_row_is_understood_by_its_script(name):
     recipe = str(reproduce.RECIPES / row.recipe)
     files = [word for flag, file in row.files.items() for word in (f"--{flag}", file)]
     parts = parse_arguments(script.ARGUMENTS, [recipe, *files, *row.flags], "")
-    assert any(part.files == [row.files["files"]] for part in parts if hasattr(part, "files"))
+    expected = [row.files["files"]] if row.files else None
+    assert any(part.files == expected for part in parts if hasattr(part, "files"))
+
+
+def test_row_goes_on_from_an_earlier_one_without_stock():
+    names = list(reproduce.ROWS)
+    for name, row in reproduce.ROWS.items():
+        if row.after is not None:
+            assert names.index(row.after) < names.index(name) and not row.has_stock
+            assert reproduce.ROWS[row.after].script == row.script
 
 
 def record(folder, name, **systems):
@@ -39,29 +48,57 @@ def test_table_shows_what_is_recorded(tmp_path):
     ]
 
 
-def test_both_contenders_run_alike_and_are_recorded(tmp_path, monkeypatch, capsys):
-    """The runs themselves are replaced by one that writes the scores it was asked for."""
-    commands = []
+@pytest.fixture
+def commands(tmp_path, monkeypatch):
+    """What was run, each run replaced by one that writes the same score of any metric, or a lower one for stock."""
+    found = []
 
     def train(command, check):
-        commands.append(command)
+        found.append(command)
         folder = Path(command[command.index("--output_dir") + 1])
         folder.mkdir(parents=True)
-        (folder / "metrics.json").write_text(json.dumps({"accuracy": 0.5 if "--stock" in command else 0.75}))
+        score = 0.5 if "--stock" in command else 0.75
+        metrics = {row.metric: score for row in reproduce.ROWS.values() if f"training/recipes/{row.recipe}" in command}
+        (folder / "metrics.json").write_text(json.dumps(metrics))
 
-    (tmp_path / "data" / "sentiment").mkdir(parents=True)
-    for file in reproduce.ROWS["sst2"].files.values():
-        (tmp_path / "data" / file).touch()
+    (tmp_path / "data").mkdir()
     monkeypatch.setattr(reproduce.subprocess, "run", train)
     monkeypatch.setattr(reproduce, "METRICS", tmp_path / "metrics")
-    arguments = ["--data", str(tmp_path / "data"), "--checkpoint", str(tmp_path / "minilm")]
-    reproduce.main([*arguments, "--only", "sst2", "sst5", "--output_dir", str(tmp_path / "runs")])
+    return found
+
+
+def reproduce_only(folder, *names):
+    arguments = ["--data", str(folder / "data"), "--checkpoint", str(folder / "minilm")]
+    reproduce.main([*arguments, "--only", *names, "--output_dir", str(folder / "runs")])
+
+
+def test_both_contenders_run_alike_and_are_recorded(tmp_path, commands, capsys):
+    (tmp_path / "data" / "sentiment").mkdir()
+    for file in reproduce.ROWS["sst2"].files.values():
+        (tmp_path / "data" / file).touch()
+    reproduce_only(tmp_path, "sst2", "sst5")
     ours, stock = ([word for word in command if not word.startswith(str(tmp_path / "runs"))] for command in commands)
     assert [*ours[:-1], "--stock", ours[-1]] == stock
     result = json.loads((tmp_path / "metrics" / "sst2.json").read_text())
     assert (result["ours"]["metrics"], result["stock"]["metrics"]) == ({"accuracy": 0.75}, {"accuracy": 0.5})
     assert str(tmp_path) not in json.dumps(result)
     assert "sst5: left out, because" in capsys.readouterr().out
+
+
+def test_second_stage_goes_on_from_the_first(tmp_path, commands):
+    """Neither needs a file, and the record shows the folder as it is by default."""
+    reproduce_only(tmp_path, "blip2_digits_1", "blip2_digits_2")
+    first, second = commands
+    folder = first[first.index("--output_dir") + 1]
+    assert "--model_name_or_path" not in first
+    assert second[second.index("--model_name_or_path") + 1] == folder != second[second.index("--output_dir") + 1]
+    result = json.loads((tmp_path / "metrics" / "blip2_digits_2.json").read_text())
+    assert result["ours"] == {
+        "command": "python -m training.run_blip2 training/recipes/blip2_digits_2.yaml --model_name_or_path "
+        "runs/reproduce/blip2_digits_1-ours",
+        "metrics": {"exact match": 0.75},
+    }
+    assert "stock" not in result
 
 
 def test_missing_folder_is_one_line(tmp_path):

@@ -324,6 +324,14 @@ def test_mistake_ends_in_one_line(kind, tmp_path, tables, capsys):
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
+def test_rows_without_an_image_are_skipped_on_request(tmp_path, tables, capsys):
+    arguments = ["--files", str(tables / "broken.parquet"), "--skip_missing_images", "--output_dir", str(tmp_path)]
+    parts = parse_arguments(run_image_text.ARGUMENTS, [*arguments, "--use_cpu"], "", **run_image_text.DEFAULTS)
+    run = run_image_text.prepare(*parts)
+    assert sum(map(len, run.splits.values())) == 5
+    assert "1 of 6 rows skipped" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_recipe_is_understood(name):
     recipe = str(RECIPES / name)

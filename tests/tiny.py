@@ -185,11 +185,12 @@ def _answer(batch, length):
 
 
 UNTIED = {"tie_word_embeddings": False}
+ROPE = {"position_embedding_type": "rope"}
 MLP = {"classifier_hidden_size": 24}
 WITHOUT_TOWER = {"vision_config": {**VISION, "num_hidden_layers": 0}}
 
 MODELS = [
-    TinyModel(hf_custom.CustomGPT2Model, CustomGPT2Config, GPT2, lambda b, t: {}),
+    TinyModel(hf_custom.CustomGPT2Model, CustomGPT2Config, GPT2, lambda b, t: {}, head_options=({}, ROPE)),
     TinyModel(
         hf_custom.CustomGPT2ForCausalLM, CustomGPT2Config, GPT2, lambda b, t: {"labels": _ids(b, t)}, is_generative=True
     ),
@@ -198,18 +199,21 @@ MODELS = [
         CustomGPT2Config,
         GPT2,
         lambda b, t: {"labels": torch.randint(0, LABELS, (b,))},
+        head_options=({},),
     ),
     TinyModel(
         hf_custom.CustomGPT2ForTokenClassification,
         CustomGPT2Config,
         GPT2,
         lambda b, t: {"labels": torch.randint(0, LABELS, (b, t))},
+        head_options=({},),
     ),
     TinyModel(
         hf_custom.CustomGPT2ForQuestionAnswering,
         CustomGPT2Config,
         GPT2,
         lambda b, t: {"start_positions": torch.randint(0, t, (b,)), "end_positions": torch.randint(0, t, (b,))},
+        head_options=({},),
     ),
     TinyModel(
         hf_custom.CustomGPT2DoubleHeadsModel,
@@ -218,6 +222,7 @@ MODELS = [
         lambda b, t: {"labels": torch.randint(0, VOCAB, (b, 2, t)), "mc_labels": torch.randint(0, 2, (b,))},
         num_choices=2,
         index_argument="mc_token_ids",
+        head_options=({}, ROPE, UNTIED),
     ),
     TinyModel(hf_custom.CustomBertModel, CustomBertConfig, BERT, lambda b, t: {}),
     TinyModel(
@@ -265,7 +270,7 @@ MODELS = [
         CustomBertConfig,
         BERT_WITH_IMAGES,
         _classes(LABELS),
-        head_options=({}, MLP, {"position_embedding_type": "relative_key_query"}, {"position_embedding_type": "rope"}),
+        head_options=({}, MLP, {"position_embedding_type": "relative_key_query"}, ROPE),
     ),
     TinyModel(
         hf_custom.CustomBertForImageTextRetrieval,

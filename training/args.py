@@ -115,6 +115,10 @@ class RunArguments(TrainingArguments):
     resume: bool = field(
         default=False, metadata={"help": "go on from the newest checkpoint in the output folder, if there is one"}
     )
+    save_trained_only: bool = field(
+        default=False,
+        metadata={"help": "checkpoints without the weights of frozen parts, which the next start reads where it did"},
+    )
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "evaluations without a better one after which to stop; keeps the best model"}
     )

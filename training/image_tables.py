@@ -1,4 +1,4 @@
-"""Tables whose rows have an image each: found, joined, checked and split by image. No image is decoded here."""
+"""Tables whose rows have an image each: found, joined, checked and split by image."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -10,13 +10,10 @@ from datasets import Dataset, concatenate_datasets, load_dataset
 
 from training.args import TableArguments
 from training.data import BUILDERS, check_columns, find_files, load_table_files
+from training.images import Source, decode_image
 
 # Column of the `imagefolder` convention: the image's path, relative to the table that names it.
 FILE_NAME = "file_name"
-# An image as it is stored: its encoded bytes, or the path of its file.
-Source = bytes | str
-
-
 # Columns to train on by the flag that names each, of a table's own columns.
 Columns = Callable[[Dataset], dict[str, str]]
 
@@ -32,6 +29,9 @@ class ImageTableArguments(TableArguments):
     test_images: list[str] | None = field(default=None, metadata={"help": "the same for --test_files"})
     image_column: str = field(default="image", metadata={"help": "column that holds the image, or its path"})
     image_id_column: str = field(default="image_id", metadata={"help": "column that says which image a row is about"})
+    skip_missing_images: bool = field(
+        default=False, metadata={"help": "leave out rows whose image is not there or cannot be read"}
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -187,6 +187,31 @@ def read_rows(files: list[str], images: list[str] | None, args: ImageTableArgume
     )
 
 
+def skip_unreadable(splits: dict[str, ImageRows]) -> dict[str, ImageRows]:
+    """The rows whose image can be read. Prints how many cannot.
+
+    Raises:
+        ValueError: for a split of which no row is left.
+    """
+    places = {source: place for rows in splits.values() for source, place in rows.places.items()}
+    unreadable = set()
+    for source in {source for rows in splits.values() for source in rows.sources}:
+        try:
+            decode_image(source, places[source])
+        except ValueError:
+            unreadable.add(source)
+    kept = {
+        name: rows.select(row for row, source in enumerate(rows.sources) if source not in unreadable)
+        for name, rows in splits.items()
+    }
+    left, total = (sum(map(len, found.values())) for found in (kept, splits))
+    print(f"{total - left} of {total} rows skipped: their image is not there or cannot be read (--skip_missing_images)")
+    for name, rows in kept.items():
+        if not len(rows):
+            raise ValueError(f"no image of the {name} rows can be read. Check their paths.")
+    return kept
+
+
 def load_image_rows(
     args: ImageTableArguments, columns: Columns, embedded: Callable[[], ImageRows], seed: int
 ) -> dict[str, ImageRows]:
@@ -213,6 +238,8 @@ def load_image_rows(
         files, images = getattr(args, f"{name}_files"), getattr(args, f"{name}_images")
         if files:
             splits[name] = read_rows(files, images, args, columns)
+    if args.skip_missing_images:
+        splits = skip_unreadable(splits)
     if "validation" not in splits:
         splits["train"], splits["validation"] = split_by_image(splits["train"], args.validation_fraction, seed)
     count, limit = len(splits["train"]), args.max_train_rows

@@ -13,8 +13,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from training.image_tables import Source
-
+# An image as it is stored: its encoded bytes, or the path of its file.
+Source = bytes | str
+# Pixels that an image may have: a small file can claim more than the memory holds.
+MOST_PIXELS = 100_000_000
 # Images that are decoded and resized together; whole photographs of more would fill the memory.
 DECODED_AT_ONCE = 64
 
@@ -23,15 +25,22 @@ def decode_image(source: Source, place: str) -> Image.Image:
     """The image in 8 bits a channel, upright.
 
     Raises:
-        ValueError: for one that cannot be read, saying where it was found.
+        ValueError: for one that cannot be read or is too large, saying where it was found.
     """
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            image.load()
-            image = ImageOps.exif_transpose(image)
+            is_small = image.width * image.height <= MOST_PIXELS
+            if is_small:
+                image.load()
+                image = ImageOps.exif_transpose(image)
     except Exception as error:  # a decoder of a broken file may raise anything
         reason = " ".join(str(error).split()) if isinstance(source, str) else type(error).__name__
         raise ValueError(f"the image in {place} cannot be read ({reason}). Replace it or remove its rows.") from error
+    if not is_small:
+        raise ValueError(
+            f"the image in {place} has {image.width} x {image.height} pixels, more than {MOST_PIXELS:,}. Resize it or "
+            "remove its rows."
+        )
     # Conversion to RGB would cut such values off at 255, so that nearly all is white.
     if image.mode[0] in "IF":
         raise ValueError(f"the image in {place} has more than 8 bits (mode {image.mode}). Convert it to 8 bits.")

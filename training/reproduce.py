@@ -33,6 +33,7 @@ class Row:
         metric: of the script's metrics.json, the one to show.
         has_stock: whether stock has a class for it, which then runs as well.
         literature: what others report, and who.
+        after: row that must have run before, whose model this one goes on from.
     """
 
     title: str
@@ -43,10 +44,23 @@ class Row:
     has_stock: bool = True
     literature: str = ""
     flags: tuple[str, ...] = ()
+    after: str | None = None
 
 
 # Ours computes no padding; stock, which does, is spared most of it.
 BY_LENGTH = ("--train_sampling_strategy", "group_by_length")
+
+VQA_FILES = {
+    "files": "vl/easy_vqa_questions_train.tsv",
+    "images": "vl/easy_vqa_images_train.parquet",
+    "test_files": "vl/easy_vqa_questions_test.tsv",
+    "test_images": "vl/easy_vqa_images_test.parquet",
+}
+EMOJI_FILES = {
+    "files": "vl/emoji_captions_train.parquet",
+    "validation_files": "vl/emoji_captions_val.parquet",
+    "test_files": "vl/emoji_captions_test.parquet",
+}
 
 ROWS = {
     "sst2": Row(
@@ -100,14 +114,63 @@ ROWS = {
         "easy-VQA, from nothing",
         "run_image_text",
         "vqa_easy.yaml",
-        {
-            "files": "vl/easy_vqa_questions_train.tsv",
-            "images": "vl/easy_vqa_images_train.parquet",
-            "test_files": "vl/easy_vqa_questions_test.tsv",
-            "test_images": "vl/easy_vqa_images_test.parquet",
-        },
+        VQA_FILES,
         "accuracy",
         has_stock=False,
+    ),
+    "blip2_digits_1": Row(
+        "digits, BLIP-2's first stage, from nothing",
+        "run_blip2",
+        "blip2_digits_1.yaml",
+        {},
+        "text recall@1",
+        has_stock=False,
+        literature="chance 0.100",
+    ),
+    "blip2_digits_2": Row(
+        "digits, BLIP-2's second stage",
+        "run_blip2",
+        "blip2_digits_2.yaml",
+        {},
+        "exact match",
+        has_stock=False,
+        after="blip2_digits_1",
+    ),
+    "blip2_vqa_1": Row(
+        "easy-VQA, BLIP-2's first stage, from nothing",
+        "run_blip2",
+        "blip2_vqa_1.yaml",
+        VQA_FILES,
+        "text recall@1",
+        has_stock=False,
+        literature="chance 0.036",
+    ),
+    "blip2_vqa_2": Row(
+        "easy-VQA, BLIP-2's second stage",
+        "run_blip2",
+        "blip2_vqa_2.yaml",
+        VQA_FILES,
+        "accuracy",
+        has_stock=False,
+        after="blip2_vqa_1",
+    ),
+    "blip2_emoji_1": Row(
+        "emoji of unseen names, BLIP-2's first stage",
+        "run_blip2",
+        "blip2_emoji_1.yaml",
+        EMOJI_FILES,
+        "text recall@1",
+        has_stock=False,
+        literature="chance 0.005",
+    ),
+    "blip2_emoji_2": Row(
+        "emoji of unseen names, BLIP-2's second stage",
+        "run_blip2",
+        "blip2_emoji_2.yaml",
+        EMOJI_FILES,
+        "word f1",
+        has_stock=False,
+        after="blip2_emoji_1",
     ),
 }
 
@@ -123,6 +186,9 @@ def run(name: str, row: Row, data: Path, checkpoint: str, output: Path, is_stock
     if row.has_stock:
         arguments += ["--model_name_or_path", checkpoint]
         shown += ["--model_name_or_path", Path(checkpoint).name]
+    elif row.after is not None:
+        arguments += ["--model_name_or_path", str(output / f"{row.after}-ours")]
+        shown += ["--model_name_or_path", f"runs/reproduce/{row.after}-ours"]
     tail = [*row.flags, *(["--stock"] if is_stock else [])]
     subprocess.run([sys.executable, "-m", *arguments, *tail, "--output_dir", str(folder)], check=True)
     return {

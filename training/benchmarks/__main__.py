@@ -14,6 +14,10 @@ Examples:
   python -m training.benchmarks mlm
   python -m training.benchmarks sentences
 
+  # the two stages of BLIP-2, with a ViT-g as its tower
+  python -m training.benchmarks pretrain
+  python -m training.benchmarks caption
+
   # generation, hidden states, the loss alone
   python -m training.benchmarks decode
   python -m training.benchmarks encode
@@ -53,11 +57,15 @@ NAMES = {
     "loss": "gpt2",
     "mlm": "bert-base",
     "sentences": "bert-base",
+    "pretrain": "blip2-vit-g",
+    "caption": "blip2-vit-g",
 }
 # Stock configuration and class, and the kind of tokenizer, by family.
 FAMILIES = {
     "custom_gpt2": (GPT2Config, GPT2LMHeadModel, "bpe"),
     "custom_bert": (BertConfig, BertForMaskedLM, "wordpiece"),
+    # Its contenders draw the weights themselves.
+    "custom_blip2": (None, None, "wordpiece"),
 }
 # Largest difference between contenders, relative to the largest value: of float32, and of products in bfloat16.
 TOLERANCES = {False: 1e-4, True: 3e-2}
@@ -130,7 +138,8 @@ def draw(comparison: Comparison, data: str | None, vocab_size: int, kind: str) -
 
 def run(comparison: Comparison, name: str, args: argparse.Namespace, folder: Path, config: dict) -> dict:
     """Measure a comparison: its contenders take turns, `args.rounds` times."""
-    spec = {"workload": name, "device": args.device, "checkpoint": str(folder / "model"), **comparison.shape}
+    spec = {"workload": name, "device": args.device, "preset": args.preset, **comparison.shape}
+    spec["checkpoint"] = str(folder / "model")
     facts = {}
     if name == "loss":
         spec["vocab_size"] = config["vocab_size"]
@@ -143,6 +152,8 @@ def run(comparison: Comparison, name: str, args: argparse.Namespace, folder: Pat
         places = sum(batch["input_ids"].numel() for batch in made)
         real = sum(map(len, documents))
         facts = {"tokens": len(documents) * spec["new_tokens"] if name == "decode" else real}
+        if name in ("pretrain", "caption"):
+            facts["tokens"] = len(documents)
         facts["padding"] = 1 - real / places
         facts["batch"] = [list(batch["input_ids"].shape) for batch in made]
     settings = (*comparison.stock, comparison.ours)
@@ -233,18 +244,20 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"no row's title contains {args.only!r}.")
     result = {"name": args.name, "preset": args.preset, "machine": machine(args.device)}
     config_class, model_class, tokenizer = FAMILIES[preset.model_type]
-    known = config_class()
-    stock_config = config_class(**{key: value for key, value in preset.to_diff_dict().items() if hasattr(known, key)})
+    text_config = preset.get_text_config()
     result["config"] = {
-        "n_layer": stock_config.num_hidden_layers,
-        "n_embd": stock_config.hidden_size,
-        "vocab_size": stock_config.vocab_size,
-        "n_positions": stock_config.max_position_embeddings,
+        "n_layer": text_config.num_hidden_layers,
+        "n_embd": text_config.hidden_size,
+        "vocab_size": text_config.vocab_size,
+        "n_positions": text_config.max_position_embeddings,
         "tokenizer": tokenizer,
     }
     with tempfile.TemporaryDirectory() as folder:
-        torch.manual_seed(0)
-        model_class(stock_config).save_pretrained(Path(folder) / "model")
+        if model_class is not None:
+            known = config_class()
+            fields = {key: value for key, value in preset.to_diff_dict().items() if hasattr(known, key)}
+            torch.manual_seed(0)
+            model_class(config_class(**fields)).save_pretrained(Path(folder) / "model")
         result["rows"] = []
         for group, comparison in rows:
             row = {"group": group, **run(comparison, args.name, args, Path(folder), result["config"])}

@@ -13,13 +13,16 @@ class Setting:
     compile: bool = False
     group_by_length: bool = False
     static_cache: bool = False
+    cached_features: bool = False
 
     @property
     def name(self) -> str:
         words = [self.library]
         words += ["bf16"] if self.bf16 else []
         words += [f"dropout {self.dropout:g}"] if self.dropout is not None else []
-        words += [word for word in ("compile", "group_by_length", "static_cache") if getattr(self, word)]
+        words += [
+            word for word in ("compile", "group_by_length", "static_cache", "cached_features") if getattr(self, word)
+        ]
         return ", ".join(words)
 
     def spec(self) -> dict:
@@ -78,6 +81,8 @@ def comparisons(name: str, device: str) -> list[Comparison]:
         return _encode(
             {"batch_size": 256 if is_gpu else 32, "batches": 4, "max_length": 128, "sentences": True}, is_gpu
         )
+    if name in ("pretrain", "caption"):
+        return _pairs(name, is_gpu)
     if name == "encode":
         length = 1024 if is_gpu else 256
         return _encode({"batch_size": 64 if is_gpu else 8, "batches": 4, "max_length": length}, is_gpu)
@@ -105,6 +110,20 @@ def _encode(shape: dict, is_gpu: bool) -> list[Comparison]:
     half = Setting("ours", bf16=True), (Setting("stock", bf16=True), Setting("stock", bf16=True, compile=True))
     rows = [] if is_gpu else [Comparison("real lengths", OURS, (STOCK,), shape)]
     return [*rows, Comparison("real lengths, bf16", *half, shape)]
+
+
+def _pairs(name: str, is_gpu: bool) -> list[Comparison]:
+    """A stage of BLIP-2 on images with texts of a sentence's length."""
+    shape = {"batch_size": 128 if is_gpu else 8, "batches": 1, "max_length": 32, "sentences": True}
+    quiet = {"bf16": is_gpu, "dropout": 0.0}
+    ours, stock = Setting("ours", **quiet), Setting("stock", **quiet)
+    rows = [
+        Comparison("frozen tower and language model" if name == "caption" else "frozen tower", ours, (stock,), shape)
+    ]
+    if name == "pretrain":
+        cached = Setting("ours", **quiet, cached_features=True)
+        rows.append(Comparison("kept states of the tower", cached, (ours,), shape))
+    return rows
 
 
 def _gpu_train(length: int) -> list[Comparison]:

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Everything that one GPU has to say, within ten minutes: six benchmarks, then training through Trainer, whose log
+# Everything that one GPU has to say, within ten minutes: eight benchmarks, then training through Trainer, whose log
 # lines give tokens_per_second. Results go to training/benchmarks/results or to the folder given.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 results=${1:-training/benchmarks/results}
 
-for name in loss decode encode train sentences mlm; do
+for name in loss decode encode train sentences mlm pretrain caption; do
   timeout 120 python -m training.benchmarks "$name" --device cuda --output "$results" || echo "$name: see its table" >&2
 done
 timeout 150 python -m training.run_clm --preset gpt2 --output_dir runs/gpu --block_size 1024 --bf16 --torch_compile \

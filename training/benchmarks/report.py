@@ -10,7 +10,7 @@ HEADER = (
     "contender",
     "seconds",
     "spread",
-    "useful tokens/s",
+    "useful tokens (or pairs)/s",
     "share of the machine",
     "peak memory",
     "ours is",
@@ -24,6 +24,8 @@ SHOWN = (
     ("loss", "gpt2"),
     ("mlm", "bert-base"),
     ("sentences", "bert-base"),
+    ("pretrain", "blip2-vit-g"),
+    ("caption", "blip2-vit-g"),
 )
 
 
@@ -43,6 +45,8 @@ def flops_per_token(config: dict, length: float, is_masked: bool = False, has_he
 
 def share_of_machine(result: dict, row: dict, contender: dict) -> str:
     """Useful work as a share of the measured rate: of products for training, of memory for generation."""
+    if result["name"] in ("pretrain", "caption"):
+        return ""
     config, machine = result["config"], result["machine"]
     rate = machine["matrix_flops"]["bfloat16" if contender["bf16"] else "float32"]
     tokens = contender["tokens_per_second"]
@@ -74,7 +78,7 @@ def table(result: dict) -> str:
                 cells[1:6] = (
                     f"{contender['seconds']:.3f}",
                     f"{contender['spread']:.0%}",
-                    f"{contender['tokens_per_second']:,.0f}",
+                    f"{contender['tokens_per_second']:,.{0 if contender['tokens_per_second'] >= 10 else 2}f}",
                     share_of_machine(result, row, contender),
                     f"{contender['peak_memory'] / 1e9:.2f} GB",
                 )
