@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from reference import gradients_of
+from reference import assert_gradients_near, assert_near, gradients_of
 from safetensors.torch import load_file
 from tiny import BERT, GPT2, VISION, widen
 
@@ -180,3 +180,37 @@ def test_folder_of_the_trained_weights_restores_the_model(model_class, tmp_path)
         torch.manual_seed(1)
         outputs.append(found(**batch).loss)
     assert torch.equal(*outputs)
+
+
+def test_queries_learn_to_steer_a_frozen_language_model():
+    model = build().train()
+    before = {name: weight.clone() for name, weight in model.language_model.state_dict().items()}
+    batch, losses = pairs(), []
+    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=1e-2)
+    for _ in range(60):
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.5
+    assert all(torch.equal(weight, before[name]) for name, weight in model.language_model.state_dict().items())
+
+
+def test_micro_batches_checkpoints_and_compiled_graphs_give_the_gradient_of_the_batch():
+    model, batch = build().train(), pairs()
+    gradients = gradients_of(model, model(**batch).loss)
+    count, sums = (batch["labels"][:, 1:] != -100).sum(), 0.0
+    for rows in (slice(0, 1), slice(1, 3)):
+        part = {name: tensor[rows] for name, tensor in batch.items()}
+        sums = sums + model(**part, num_items_in_batch=count).loss
+    assert_gradients_near(gradients_of(model, sums), gradients)
+    model.gradient_checkpointing_enable()
+    assert_gradients_near(gradients_of(model, model(**batch).loss), gradients)
+    model.gradient_checkpointing_disable()
+    inputs = {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}
+    inputs["attention_mask"][1, -2:] = 0
+    del inputs["labels"]
+    compiled = torch.compile(model.eval(), backend="eager", fullgraph=True)
+    is_real = inputs["attention_mask"].bool()
+    assert_near(compiled(**inputs).logits[is_real], model(**inputs).logits[is_real])
