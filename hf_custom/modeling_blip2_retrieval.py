@@ -283,7 +283,9 @@ class CustomBlip2ForPreTraining(CustomBlip2ForImageTextRetrieval):
         images, has_wrong_image = draw_hard_negatives(similarities[1], is_positive)
         texts, has_wrong_text = draw_hard_negatives(similarities[0], is_positive)
         if world_size() == 1:
-            wrong = {layer: tuple(part[images] for part in pair) for layer, pair in image_key_values.items()}
+            wrong = {
+                layer: tuple(part.index_select(0, images) for part in pair) for layer, pair in image_key_values.items()
+            }
         else:
             wrong = self.qformer.image_key_values(gather_rows(states)[images])
         key_values = {

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from datasets import Dataset
 from PIL import Image
-from transformers import PreTrainedTokenizerBase
+from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 from training.image_tables import ImageRows, places_of
+from training.images import decode_images
 from training.masking import random_numbers
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -163,6 +164,25 @@ def number_distinct(values: Sequence) -> tuple[list, np.ndarray]:
     """The distinct values, first come first, and which of them each value is: (N,)."""
     numbers = {value: number for number, value in enumerate(dict.fromkeys(values))}
     return list(numbers), np.array([numbers[value] for value in values], dtype=np.int64)
+
+
+def number_across(splits: dict[str, Sequence]) -> tuple[list, dict[str, np.ndarray]]:
+    """The distinct values of all splits, and by split which of them each value is."""
+    distinct, numbers = number_distinct([value for values in splits.values() for value in values])
+    ends = np.cumsum([len(values) for values in splits.values()])[:-1]
+    return distinct, dict(zip(splits, np.split(numbers, ends), strict=True))
+
+
+def decode_splits(
+    splits: dict[str, ImageRows], image_processor: BaseImageProcessor, shape: tuple[int, int]
+) -> tuple[torch.Tensor, dict[str, np.ndarray]]:
+    """The distinct images of all splits as (N, 3, height, width) of bytes, and by split which of them each row has."""
+    sources, images = number_across({name: split.sources for name, split in splits.items()})
+    places = {source: place for split in splits.values() for source, place in split.places.items()}
+    pixels = decode_images(sources, places, image_processor, shape)
+    if shared := set(images["train"]) & set(images.get("test", [])):
+        print(f"{len(shared)} images are both in the training and in the test data")
+    return pixels, images
 
 
 def encode_texts(

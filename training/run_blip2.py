@@ -38,8 +38,15 @@ from training import runs
 from training.args import ModelArguments, RunArguments, parse_arguments, user_errors
 from training.blip2_rows import QUESTION_PROMPT, PairCollator, PromptCollator, PromptRows
 from training.image_tables import ImageRows, ImageTableArguments, load_image_rows
-from training.image_text import ImageTextRows, embedded_digits, encode_texts, number_distinct, recall_of_texts
-from training.images import decode_images, image_shape, prepare_image_processor
+from training.image_text import (
+    ImageTextRows,
+    decode_splits,
+    embedded_digits,
+    encode_texts,
+    number_across,
+    recall_of_texts,
+)
+from training.images import image_shape, prepare_image_processor
 from training.plots import plot_image_grid
 from training.qa_metrics import f1
 from training.runs import callbacks, check_length, choose_learning_rate, finish, is_sharded, prepare_tokenizer, train
@@ -303,11 +310,7 @@ def prepare(model_args: ModelArguments, args: Blip2Arguments, training_args: Run
     num_places = None if args.stage == 1 else config.num_query_tokens
     processor = CustomBlip2Processor(image_processor, tokenizer, num_places)
     config = finish_config(config, args, model_args, tokenizer, processor.image_token_id)
-    sources, numbers = number_distinct([source for split in splits.values() for source in split.sources])
-    places = {source: place for split in splits.values() for source, place in split.places.items()}
-    pixels = decode_images(sources, places, image_processor, image_shape(config))
-    ends = np.cumsum([len(split) for split in splits.values()])[:-1]
-    images = dict(zip(splits, np.split(numbers, ends), strict=True))
+    pixels, images = decode_splits(splits, image_processor, image_shape(config))
     make = prepare_pairs if args.stage == 1 else prepare_prompts
     rows, texts, collator = make(splits, args, processor, images, pixels, config)
     model = build_model(args, model_args, config)
@@ -339,15 +342,11 @@ def prepare_pairs(splits, args, processor, images, pixels, config):
     """Rows of the first stage by split, the distinct texts behind them, and what batches them."""
     check_length("max_length", args.max_length, config.qformer_config)
     by_row = {name: pair_texts(split, args) for name, split in splits.items()}
-    texts, numbers = number_distinct([text for found in by_row.values() for text in found])
+    texts, numbers = number_across(by_row)
     if len(set(by_row["train"])) < 2:
         raise ValueError("all rows have the same text, so there is nothing to tell apart. Name another column.")
     encoded = encode_texts(texts, processor.tokenizer, args.max_length)
-    ends = np.cumsum([len(found) for found in by_row.values()])[:-1]
-    rows = {
-        name: ImageTextRows(encoded, own, images[name], own)
-        for name, own in zip(by_row, np.split(numbers, ends), strict=True)
-    }
+    rows = {name: ImageTextRows(encoded, own, images[name], own) for name, own in numbers.items()}
     return rows, texts, PairCollator(processor.tokenizer, pixels, processor.image_processor, args.max_length)
 
 

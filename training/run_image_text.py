@@ -41,14 +41,15 @@ from training.image_text import (
     ImageTextRows,
     MatchingRows,
     answers_of_questions,
+    decode_splits,
     embedded_digits,
     encode_texts,
     find_answers,
-    number_distinct,
+    number_across,
     recall_of_texts,
     score_answers,
 )
-from training.images import ImageTextCollator, decode_images, image_shape, prepare_image_processor
+from training.images import ImageTextCollator, image_shape, prepare_image_processor
 from training.masking import NewMasksEachEpoch
 from training.plots import plot_image_grid
 from training.runs import (
@@ -179,13 +180,12 @@ def prepare_rows(
 ) -> tuple[dict[str, ImageTextRows], list]:
     """Rows of token ids by split, and the distinct texts behind them."""
     by_row = {name: texts_of(split, args) for name, split in splits.items()}
-    texts, numbers = number_distinct([text for found in by_row.values() for text in found])
+    texts, numbers = number_across(by_row)
     if args.task == "matching" and len(set(by_row["train"])) < 2:
         raise ValueError("all rows have the same text, so none fails to match. Name another with --caption_column.")
     encoded = encode_texts(texts, tokenizer, args.max_length)
-    ends = np.cumsum([len(found) for found in by_row.values()])[:-1]
     rows = {}
-    for name, own in zip(by_row, np.split(numbers, ends), strict=True):
+    for name, own in numbers.items():
         if args.task == "matching":
             rows[name] = MatchingRows(encoded, own, images[name], seed, fixed=name != "train")
         else:
@@ -242,13 +242,7 @@ def prepare(model_args: ModelArguments, args: ImageTextArguments, training_args:
     config = prepare_vision_config(model_args, tokenizer, answers or MATCHING_LABELS)
     check_length("max_length", args.max_length, config)
     image_processor = prepare_image_processor(model_args.model_name_or_path, config)
-    sources, numbers = number_distinct([source for split in splits.values() for source in split.sources])
-    places = {source: place for split in splits.values() for source, place in split.places.items()}
-    pixels = decode_images(sources, places, image_processor, image_shape(config))
-    ends = np.cumsum([len(split) for split in splits.values()])[:-1]
-    images = dict(zip(splits, np.split(numbers, ends), strict=True))
-    if shared := set(images["train"]) & set(images.get("test", [])):
-        print(f"{len(shared)} images are both in the training and in the test data")
+    pixels, images = decode_splits(splits, image_processor, image_shape(config))
     rows, texts = prepare_rows(splits, args, tokenizer, answers, images, training_args.seed)
     model = build_model(args.task, model_args, config)
     if training_args.process_index == 0:
