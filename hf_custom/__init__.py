@@ -3,6 +3,9 @@
 from .configuration_bert import CustomBertConfig
 from .configuration_blip2 import CustomBlip2Config, CustomBlip2QFormerConfig, CustomBlip2VisionConfig
 from .configuration_gpt2 import CustomGPT2Config
+from .export import export_to_stock
+from .hub import push_to_hub as _push_to_hub
+from .loading import load_model
 from .modeling_bert import CustomBertModel, CustomBertPreTrainedModel
 from .modeling_bert_heads import (
     CustomBertForCausalLM,
@@ -40,6 +43,16 @@ __version__ = "0.1.0"
 
 register()
 
+# Here and not in the modeling files, whose copies on the Hub run without the code that renders a card.
+for _base in (
+    CustomGPT2PreTrainedModel,
+    CustomBertPreTrainedModel,
+    CustomBlip2VisionPreTrainedModel,
+    CustomBlip2QFormerPreTrainedModel,
+    CustomBlip2PreTrainedModel,
+):
+    _base.push_to_hub = _push_to_hub
+
 __all__ = [
     "CustomBertConfig",
     "CustomBertForCausalLM",
@@ -76,5 +89,7 @@ __all__ = [
     "CustomGPT2ForTokenClassification",
     "CustomGPT2Model",
     "CustomGPT2PreTrainedModel",
+    "export_to_stock",
+    "load_model",
     "register",
 ]

@@ -1,8 +1,11 @@
-"""Refusal of bad tensors before any work, with the argument, the row and the remedy in the message.
+"""Refusal of bad tensors and bad folders before any work, with argument, row or file and the remedy in the message.
 
 Shapes are checked everywhere. Values are checked on the CPU only: on an accelerator reading them would stall every
 step, and under `torch.compile` it would break the graph.
 """
+
+import json
+from pathlib import Path
 
 import torch
 
@@ -218,3 +221,30 @@ def check_answer_positions(positions: torch.Tensor, batch_size: int, name: str) 
             f"`{name}` holds {int(positions.flatten()[row])} in row {row}. Use 0, the first token, for no answer, or a "
             "position beyond the sequence for a row to ignore."
         )
+
+
+def check_shard_names(folder: str | Path) -> None:
+    """The files among which an index of weights spreads them lie in its own folder."""
+    for index in sorted(Path(folder).glob("*.index.json")):
+        weight_map = json.loads(index.read_text(encoding="utf-8")).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise ValueError(f"{index} has no `weight_map` from names to files. Fetch the folder again.")
+        for weight, name in weight_map.items():
+            if Path(name).name != name or "\\" in name:
+                raise ValueError(
+                    f"`weight_map` in {index} looks for {weight!r} in {name!r}, outside its folder. Do not load what "
+                    "comes from a stranger; in a folder of your own correct the name."
+                )
+
+
+class OwnShardsOnly:
+    """Mixin of the models: `from_pretrained` reads no weights outside the folder it is given (of the Hub's files, the
+    host sees to that)."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        if pretrained_model_name_or_path is not None:
+            folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+            if folder.is_dir():
+                check_shard_names(folder)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)

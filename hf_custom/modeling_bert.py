@@ -37,6 +37,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import eager_attention_forward, implementation_for
 from .checks import (
+    OwnShardsOnly,
     check_attention_mask,
     check_encoder,
     check_ids,
@@ -332,7 +333,7 @@ class CustomBertPooler(nn.Module):
         return self.activation(self.dense(first_token))
 
 
-class CustomBertPreTrainedModel(PreTrainedModel):
+class CustomBertPreTrainedModel(OwnShardsOnly, PreTrainedModel):
     """What every BERT class declares to the host, how weights start, and what the heads share."""
 
     config: CustomBertConfig

@@ -25,7 +25,7 @@ from transformers.models.blip_2.modeling_blip_2 import (
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
-from .checks import check_attention_mask, check_ids, check_image_tokens, check_labels, input_shape
+from .checks import OwnShardsOnly, check_attention_mask, check_ids, check_image_tokens, check_labels, input_shape
 from .configuration_blip2 import CustomBlip2Config
 from .losses import linear_cross_entropy, next_token_labels
 from .modeling_blip2_qformer import CustomBlip2QFormerModel
@@ -46,7 +46,7 @@ def make_language_model(config) -> PreTrainedModel:
     return auto_class.from_config(config)
 
 
-class CustomBlip2PreTrainedModel(PreTrainedModel):
+class CustomBlip2PreTrainedModel(OwnShardsOnly, PreTrainedModel):
     """What every BLIP-2 class declares to the host, how weights start, what is frozen, and how images are read."""
 
     config: CustomBlip2Config

@@ -25,7 +25,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import eager_attention_forward, implementation_for
-from .checks import check_attention_mask, check_encoder, check_ids, check_positions
+from .checks import OwnShardsOnly, check_attention_mask, check_encoder, check_ids, check_positions
 from .configuration_blip2 import CustomBlip2QFormerConfig
 from .dropout import Dropout
 from .matmul import project
@@ -310,7 +310,7 @@ class CustomBlip2QFormerEncoder(nn.Module):
         return hidden_states
 
 
-class CustomBlip2QFormerPreTrainedModel(PreTrainedModel):
+class CustomBlip2QFormerPreTrainedModel(OwnShardsOnly, PreTrainedModel):
     """What the Q-Former declares to the host, and how weights start."""
 
     config: CustomBlip2QFormerConfig

@@ -22,7 +22,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention import eager_attention_forward, implementation_for
-from .checks import check_pixels, check_sequence_labels
+from .checks import OwnShardsOnly, check_pixels, check_sequence_labels
 from .configuration_blip2 import CustomBlip2VisionConfig
 from .layers import get_activation, project_activated
 from .losses import sequence_classification_loss
@@ -133,7 +133,7 @@ class CustomBlip2VisionEncoder(nn.Module):
         return hidden_states
 
 
-class CustomBlip2VisionPreTrainedModel(PreTrainedModel):
+class CustomBlip2VisionPreTrainedModel(OwnShardsOnly, PreTrainedModel):
     """What every class of the vision tower declares to the host, and how weights start."""
 
     config: CustomBlip2VisionConfig

@@ -34,6 +34,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import eager_attention_forward, implementation_for, upcast_attention
 from .checks import (
+    OwnShardsOnly,
     check_answer_positions,
     check_attention_mask,
     check_encoder,
@@ -201,7 +202,7 @@ class CustomGPT2Block(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.ln_2(hidden_states))
 
 
-class CustomGPT2PreTrainedModel(PreTrainedModel):
+class CustomGPT2PreTrainedModel(OwnShardsOnly, PreTrainedModel):
     """What every GPT-2 class declares to the host, and how weights start."""
 
     config: CustomGPT2Config

@@ -21,8 +21,11 @@ LEVELS = [
     ("attention",),
     ("configuration_*",),
     ("modeling_*", "processing_*"),
-    ("presets", "conversion"),
+    ("folders", "presets", "tensor_bundle"),
+    ("conversion", "export"),
     ("registry",),
+    ("loading",),
+    ("cards", "inspection", "serving"),
     ("hub",),
     ("cli",),
 ]

@@ -45,6 +45,8 @@ PUBLIC_NAMES = [
     "CustomGPT2ForTokenClassification",
     "CustomGPT2Model",
     "CustomGPT2PreTrainedModel",
+    "export_to_stock",
+    "load_model",
     "register",
 ]
 

@@ -11,9 +11,10 @@ import torch
 import transformers
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from datasets import Dataset
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorWithPadding, TrainingArguments
 
 import hf_custom
 from training import (
@@ -28,6 +29,7 @@ from training import (
 )
 from training.args import DataArguments, ModelArguments, parse_arguments, read_recipe
 from training.tokenizer import train_tokenizer
+from training.trainer import CustomTrainer
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "training" / "recipes").iterdir())
@@ -85,6 +87,20 @@ def test_resumed_run_equals_the_straight_one(smoke, tmp_path):
     assert straight.keys() == resumed.keys()
     for key, weight in straight.items():
         assert torch.equal(weight, resumed[key]), key
+
+
+def test_predictions_keep_the_order_of_rows_where_training_groups_by_length(tmp_path):
+    config = hf_custom.CustomGPT2Config(
+        vocab_size=64, n_embd=8, n_layer=1, n_head=1, n_positions=32, num_labels=12, bos_token_id=0, eos_token_id=0
+    )
+    config.pad_token_id = 0
+    rows = Dataset.from_list([{"input_ids": [1] * (1 + 5 * i % 12), "labels": i} for i in range(12)])
+    args = TrainingArguments(
+        tmp_path, per_device_eval_batch_size=2, train_sampling_strategy="group_by_length", use_cpu=True, report_to=[]
+    )
+    collator = DataCollatorWithPadding(train_tokenizer(iter(["one two"]), "bpe", 300))
+    trainer = CustomTrainer(hf_custom.CustomGPT2ForSequenceClassification(config), args, data_collator=collator)
+    assert trainer.predict(rows).label_ids.tolist() == list(range(12))
 
 
 @pytest.fixture(scope="module")

@@ -19,13 +19,13 @@ from pathlib import Path
 
 import torch
 
+from hf_custom.cards import CardRecord
 from hf_custom.hub import check_runs_alone, save_model_folder
 from training.args import DataArguments, ModelArguments, RunArguments, parse_arguments, read_recipe, user_errors
 from training.data import token_stream
 from training.metrics import BigramModel, TextScore, xz_bits_per_byte
 from training.plots import plot_loss_curve
 from training.run_clm import DEFAULTS, Run, prepare
-from training.runs import shown_arguments
 
 RECIPE = Path(__file__).parent / "recipes" / "clm_mini.yaml"
 NAME = "gpt2-mini"
@@ -82,18 +82,15 @@ def main(argv: list[str] | None = None) -> int:
     plot_loss_curve(run.trainer.state.log_history, curve, NAME, {"bigram model": bigram.nats / bigram.tokens})
     metrics_file.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     sample = write_sample(run)
-    folder = save_model_folder(
-        output_dir / "model",
-        run.model,
-        run.tokenizer,
-        pictures=[curve, metrics_file],
-        name=NAME,
-        data=run.data.description,
+    record = CardRecord(
+        NAME,
+        run.data.description,
         metrics=rows,
-        training=shown_arguments(run.trainer, block_size=run.data.block_size),
+        training=run.trainer.shown_arguments(block_size=run.data.block_size),
         curve=curve.name,
         sample=sample,
     )
+    folder = save_model_folder(output_dir / "model", run.model, run.tokenizer, record, (curve, metrics_file))
     check_runs_alone(folder, run.model, run.held_out_ids[None, : run.data.block_size])
 
     print(f"\n{sample}\n\n{format_table(rows)}\n")

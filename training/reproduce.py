@@ -108,7 +108,7 @@ ROWS = {
         "qa_squad2.yaml",
         {"files": "nlp/qa_squad2_train.parquet"},
         "f1",
-        flags=BY_LENGTH,
+        flags=(*BY_LENGTH, "--bf16", "true", "--use_cpu", "true"),
     ),
     "easy_vqa": Row(
         "easy-VQA, from nothing",

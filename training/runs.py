@@ -17,6 +17,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 import hf_custom
+from hf_custom.cards import CardRecord
 from hf_custom.presets import preset_config
 from training.args import ModelArguments, RunArguments
 from training.plots import plot_loss_curve
@@ -44,18 +45,6 @@ FINE_TUNING_DEFAULTS = {
     "eval_strategy": "epoch",
 }
 LEARNING_RATE_OF_CHECKPOINTS = 5e-5
-# Training arguments that a model card shows.
-SHOWN_ARGUMENTS = (
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "weight_decay",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "num_train_epochs",
-    "max_steps",
-    "seed",
-)
 
 
 def prepare_tokenizer(
@@ -171,21 +160,6 @@ def train(trainer: CustomTrainer) -> None:
     trainer.train(resume_from_checkpoint=checkpoint)
 
 
-def shown_arguments(trainer: CustomTrainer, **more) -> dict[str, object]:
-    """The training arguments of the card, and what was measured on the way."""
-    shown = {name: getattr(trainer.args, name) for name in SHOWN_ARGUMENTS}
-    rates = [entry["tokens_per_second"] for entry in trainer.state.log_history if "tokens_per_second" in entry]
-    return {
-        **shown,
-        "lr_scheduler_type": str(shown["lr_scheduler_type"].value),
-        **more,
-        "steps": trainer.state.global_step,
-        "processes": trainer.args.world_size,
-        "device": trainer.args.device.type,
-        "tokens per second (median)": f"{sorted(rates)[len(rates) // 2]:,.0f}" if rates else "not measured",
-    }
-
-
 def finish(
     trainer: CustomTrainer, data: str, metrics: dict[str, float], pictures: dict[str, str] | None = None, **shown
 ) -> None:
@@ -199,10 +173,12 @@ def finish(
         pictures: titles by file name, of pictures in the output folder to show in the card.
         shown: arguments to show in the card beside the Trainer's.
     """
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)
     trainer.save_state()
     if trainer.is_world_process_zero():
         _write_results(trainer, data, metrics, pictures or {}, shown)
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
     # A process that ends early takes its connections with it, and the others down.
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
@@ -218,14 +194,14 @@ def _write_results(trainer, data, metrics, pictures, shown):
         print(f"held-out {metric}: {value:.4f}")
     # A card describes classes of this package, whose code is beside it.
     if metrics and hasattr(trainer.model.config, "auto_classes"):
-        trainer.card_fields = {
-            "name": name,
-            "data": data,
-            "metrics": {name: metrics},
-            "training": shown_arguments(trainer, **shown),
-            "curve": "loss_curve.png",
-            "pictures": pictures,
-        }
+        trainer.card = CardRecord(
+            name,
+            data,
+            metrics={name: metrics},
+            training=trainer.shown_arguments(**shown),
+            curve="loss_curve.png",
+            pictures=pictures,
+        )
         trainer.create_model_card()
 
 

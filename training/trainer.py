@@ -5,23 +5,50 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from torch.utils.data import SequentialSampler
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, has_length
+from transformers.utils import logging
+from transformers.utils.hub import PushInProgress
 
-from hf_custom.hub import code_sha256, render_card
+from hf_custom.cards import CardRecord, hardware, render_card
+from hf_custom.hub import CARD, publish, publish_later
+
+logger = logging.get_logger(__name__)
+
+# Training arguments that a model card shows.
+SHOWN_ARGUMENTS = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "num_train_epochs",
+    "max_steps",
+    "seed",
+)
+# Of the numbers of an evaluation, those that say how long it took.
+TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 
 
 class CustomTrainer(Trainer):
-    """Trainer that logs tokens per second and the parts of a loss beside it and writes this project's model card.
+    """Trainer that logs tokens per second and the parts of a loss beside it, and pushes what is safe to push, with this
+    project's model card.
 
     The rate is that of training alone, since the last line; evaluation does not count. Parts are what a model returns
-    under a name that ends in `_loss`. The card is written from `card_fields`, arguments of `render_card`; until they
-    are set, stock's is.
+    under a name that ends in `_loss`. The card is written from `card`; until that is set, from the last evaluation.
+
+    Raises:
+        ValueError: for a `hub_strategy` that uploads pickles, or checkpoints that are not whole.
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.card_fields: dict | None = None
+    def __init__(self, model=None, args=None, *rest, **kwargs):
+        # Before the host makes a repository.
+        _check_hub_strategy(args)
+        super().__init__(model, args, *rest, **kwargs)
+        self.card: CardRecord | None = None
         if getattr(self.args, "save_trained_only", False) and not hasattr(self.model, "trained_state_dict"):
             raise ValueError(f"--save_trained_only: {type(self.model).__name__} has no frozen parts. Leave it out.")
         if self.args.include_num_input_tokens_seen == "no":
@@ -51,6 +78,12 @@ class CustomTrainer(Trainer):
             self._clock_start += time.perf_counter() - start
         return metrics
 
+    def _get_eval_sampler(self, eval_dataset):
+        """Rows in their order. Grouped by length, as the host would have them under that strategy of training,
+        predictions would come back in another order than the rows they are of."""
+        is_plain = eval_dataset is not None and has_length(eval_dataset) and self.args.world_size <= 1
+        return SequentialSampler(eval_dataset) if is_plain else None
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Without the logits of an evaluation that reads the loss alone, where the model can leave them out."""
         accepts = "return_logits" in inspect.signature(self.accelerator.unwrap_model(model).forward).parameters
@@ -70,15 +103,141 @@ class CustomTrainer(Trainer):
         super().log(logs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        is_checkpoint = output_dir is not None and Path(output_dir).name.startswith(PREFIX_CHECKPOINT_DIR)
+        folder = Path(output_dir or self.args.output_dir)
+        is_checkpoint = output_dir is not None and folder.name.startswith(PREFIX_CHECKPOINT_DIR)
         if is_checkpoint and getattr(self.args, "save_trained_only", False):
             state_dict = self.accelerator.unwrap_model(self.model).trained_state_dict()
-        super()._save(output_dir, state_dict)
+        # The host pickles the arguments, the token among them. No token is ever written, and no pickle is kept.
+        token, self.args.hub_token = self.args.hub_token, None
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.args.hub_token = token
+        if self.args.should_save:
+            (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+            (folder / "training_args.json").write_text(self.args.to_json_string() + "\n", encoding="utf-8")
+
+    def shown_arguments(self, **more) -> dict[str, object]:
+        """The training arguments of the card, and what was measured on the way."""
+        shown = {name: getattr(self.args, name) for name in SHOWN_ARGUMENTS}
+        rates = [entry["tokens_per_second"] for entry in self.state.log_history if "tokens_per_second" in entry]
+        return {
+            **shown,
+            "lr_scheduler_type": str(shown["lr_scheduler_type"].value),
+            **more,
+            "steps": self.state.global_step,
+            "processes": self.args.world_size,
+            "hardware": hardware(self.args.device.type),
+            "tokens per second (median)": f"{sorted(rates)[len(rates) // 2]:,.0f}" if rates else "not measured",
+        }
+
+    def _card_of_last_evaluation(self, **fields) -> CardRecord:
+        """For a script that sets no `card`: the arguments of the host's `create_model_card` and the last evaluation."""
+        evaluations = [entry for entry in self.state.log_history if any(key.startswith("eval_") for key in entry)]
+        metrics = {
+            key.removeprefix("eval_"): value
+            for key, value in (evaluations[-1] if evaluations else {}).items()
+            if key.startswith("eval_") and key.removeprefix("eval_") not in TIMINGS
+        }
+        datasets, tags = (
+            [value] if isinstance(value := fields.get(name) or [], str) else value for name in ("dataset", "tags")
+        )
+        name = fields.get("model_name") or Path(self.args.output_dir).name
+        chosen = {name: fields[name] for name in ("language", "license") if fields.get(name)}
+        return CardRecord(
+            name,
+            ", ".join(datasets) or "data that was not recorded",
+            metrics={name: metrics} if metrics else {},
+            training=self.shown_arguments(),
+            datasets=datasets,
+            tags=tags,
+            base_model=fields.get("finetuned_from"),
+            **chosen,
+        )
+
+    @property
+    def _is_ours(self) -> bool:
+        """Whether the model is one whose card this project writes; an adapter or a stock model gets the host's."""
+        model = self.accelerator.unwrap_model(self.model)
+        return isinstance(model, PreTrainedModel) and hasattr(model.config, "auto_classes")
 
     def create_model_card(self, *args, **kwargs) -> None:
-        if self.card_fields is None:
+        """The card of the model in the output folder; without `card`, the host's arguments say what it cannot know."""
+        if not self._is_ours:
             return super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
             folder = Path(self.args.output_dir)
-            model = self.accelerator.unwrap_model(self.model)
-            render_card(model, code_hash=code_sha256(folder), **self.card_fields).save(folder / "README.md")
+            record = self.card or self._card_of_last_evaluation(**kwargs)
+            record.save(folder)
+            render_card(folder, with_results=bool(record.metrics)).save(folder / CARD)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs,
+    ):
+        """Save and push what `hf_custom.hub.publish` lets pass, with the card; arguments and result are the host's."""
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(**kwargs)
+        self._finish_current_push()
+        push = publish if blocking else publish_later
+        return push(
+            self.args.output_dir,
+            self.hub_model_id,
+            token=token or self.args.hub_token,
+            revision=revision or self.args.hub_revision,
+            commit_message=commit_message,
+            with_card=self._is_ours,
+            with_results=False,
+        )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """As the host, in the background, but what may leave alone, and without the card, which needs results."""
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        is_busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if is_busy and not self.args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        job = publish_later(
+            checkpoint_folder,
+            self.hub_model_id,
+            token=self.args.hub_token,
+            revision=self.args.hub_revision,
+            commit_message=f"Training in progress, step {self.state.global_step}",
+            with_card=False,
+        )
+        if is_busy:
+            self.push_in_progress.jobs.append(job)
+        else:
+            self._finish_current_push()
+            self.push_in_progress = PushInProgress([job])
+
+    def _finish_current_push(self) -> None:
+        super()._finish_current_push()
+        for job in getattr(getattr(self, "push_in_progress", None), "jobs", []):
+            if (error := job.exception()) is not None:
+                logger.warning(f"A push while training failed: {error}")
+
+
+def _check_hub_strategy(args) -> None:
+    if args is None or not args.push_to_hub:
+        return
+    if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+        raise ValueError(
+            f"--hub_strategy {args.hub_strategy.value} uploads the optimizer's state as a pickle, which never leaves "
+            "here. Use every_save, or end."
+        )
+    if getattr(args, "save_trained_only", False) and args.hub_strategy == HubStrategy.EVERY_SAVE:
+        raise ValueError(
+            "--save_trained_only leaves weights out of the checkpoints, so none can be pushed. Use --hub_strategy end."
+        )

@@ -1,0 +1,43 @@
+"""A folder that appears whole or not at all."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def whole_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """Gives a temporary folder beside `folder`, to be filled; at the end it takes that name, after an error it is gone.
+
+    Args:
+        folder: where the content shall stand; folders above it are made.
+        overwrite: replace what stands there.
+
+    Raises:
+        FileExistsError: when something stands there and `overwrite` is false, before anything is written.
+    """
+    folder = Path(folder).absolute()
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not overwrite):
+        raise FileExistsError(f"{folder} exists and is not an empty folder. Name another one, or remove it first.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield draft
+        os.chmod(draft, 0o755)
+        if folder.is_dir():
+            # Out of the way first: the moment without a folder is that of two renames, not of a deletion.
+            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+            folder.rename(old / folder.name)
+            draft.rename(folder)
+            shutil.rmtree(old)
+        else:
+            draft.rename(folder)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+
+
+__all__ = ["whole_folder"]
