@@ -113,7 +113,12 @@ class RunArguments(TrainingArguments):
         default=None, metadata={"help": "highest learning rate; chosen for a checkpoint or a new model when not given"}
     )
     resume: bool = field(
-        default=False, metadata={"help": "go on from the newest checkpoint in the output folder, if there is one"}
+        default=False,
+        metadata={"help": "go on from the newest whole checkpoint in the output folder, if there is one"},
+    )
+    force_resume: bool = field(
+        default=False,
+        metadata={"help": "resume also with other data, batches or processes than the checkpoint's run had"},
     )
     save_trained_only: bool = field(
         default=False,

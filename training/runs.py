@@ -1,6 +1,7 @@
 """What the training scripts do alike: find tokenizer and model, train, and finish with curve, numbers and card."""
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,12 +15,12 @@ from transformers import (
     PreTrainedTokenizerBase,
     TrainerCallback,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 import hf_custom
 from hf_custom.cards import CardRecord
 from hf_custom.presets import preset_config
 from training.args import ModelArguments, RunArguments
+from training.checkpointing import CheckpointError
 from training.plots import plot_loss_curve
 from training.tokenizer import train_tokenizer
 from training.trainer import CustomTrainer
@@ -151,13 +152,12 @@ def callbacks(training_args: RunArguments) -> list[TrainerCallback]:
 
 
 def train(trainer: CustomTrainer) -> None:
-    """Train from the start, from the checkpoint that is named or, with --resume, from the newest in the folder."""
-    args, checkpoint = trainer.args, trainer.args.resume_from_checkpoint
-    if args.resume and checkpoint is None:
-        checkpoint = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
-        if checkpoint is None and trainer.is_world_process_zero():
-            print(f"--resume: no checkpoint in {args.output_dir}, so training starts from the beginning")
-    trainer.train(resume_from_checkpoint=checkpoint)
+    """Train from the start, from the checkpoint that is named or, with --resume, from the newest whole one in the
+    folder. What cannot be resumed ends the script with one line."""
+    try:
+        trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint or trainer.args.resume)
+    except CheckpointError as error:
+        sys.exit(f"error: {error}")
 
 
 def finish(

@@ -7,13 +7,26 @@ from pathlib import Path
 import torch
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, Trainer
-from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, has_length
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
 from hf_custom.cards import CardRecord, hardware, render_card
 from hf_custom.hub import CARD, publish, publish_later
+from training.checkpointing import (
+    SAVING,
+    CheckpointError,
+    Sealer,
+    check_same_run,
+    clean,
+    describe_run,
+    newest_verified,
+    put_in_place,
+    rotate,
+    seal,
+    verify,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -48,7 +61,16 @@ class CustomTrainer(Trainer):
         # Before the host makes a repository.
         _check_hub_strategy(args)
         super().__init__(model, args, *rest, **kwargs)
+        if self.args.fsdp and not self.is_fsdp_enabled:
+            raise ValueError(
+                "--fsdp was asked for but would run as plain data parallelism here. Leave out --use_cpu, start it with "
+                "training/accelerate/fsdp2.yaml, or leave out --fsdp."
+            )
         self.card: CardRecord | None = None
+        self._sealer = Sealer()
+        self._run: dict | None = None
+        # While a checkpoint is written: the folder aside that stands for the output folder.
+        self._saving: Path | None = None
         if getattr(self.args, "save_trained_only", False) and not hasattr(self.model, "trained_state_dict"):
             raise ValueError(f"--save_trained_only: {type(self.model).__name__} has no frozen parts. Leave it out.")
         if self.args.include_num_input_tokens_seen == "no":
@@ -101,6 +123,103 @@ class CustomTrainer(Trainer):
             self._loss_parts = {}
         # Without `start_time`, which would add the mean rate since the start, evaluation included, to every line.
         super().log(logs)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """Train; what is resumed is verified first.
+
+        Args:
+            resume_from_checkpoint: a checkpoint, or `True` for the newest whole one in the output folder, or, where
+                there is none, the start.
+
+        Raises:
+            CheckpointError: for a checkpoint that is not whole, or of another run.
+        """
+        output_dir = Path(self.args.output_dir)
+        self._run = describe_run(self.args, self.train_dataset)
+        with self.args.main_process_first(desc="verifying checkpoints"):
+            checkpoint, lines = self._choose_checkpoint(resume_from_checkpoint, output_dir)
+        if self.is_world_process_zero():
+            clean(output_dir)
+            for line in lines:
+                print(line)
+        try:
+            return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        finally:
+            self._sealer.wait()
+
+    def _choose_checkpoint(self, asked: str | bool | None, output_dir: Path) -> tuple[str | None, list[str]]:
+        """The checkpoint to go on from, and what to say about it."""
+        if not asked:
+            return None, []
+        if asked is True:
+            folder, skipped = newest_verified(output_dir)
+            lines = [f"--resume: {name} {reason}; it is left out" for name, reason in skipped]
+            if folder is None:
+                return None, [*lines, f"--resume: no checkpoint in {output_dir}, so training starts from the beginning"]
+            manifest = verify(folder)
+            lines.append(f"--resume: going on from {folder}")
+        else:
+            folder, lines = Path(asked), []
+            try:
+                manifest = verify(folder)
+            except CheckpointError as error:
+                raise CheckpointError(f"{folder} {error}. Name another one, or let --resume choose.") from None
+        if not getattr(self.args, "force_resume", False):
+            check_same_run(folder, manifest, self._run)
+        return str(folder), lines
+
+    def _get_output_dir(self, trial):
+        return super()._get_output_dir(trial) if self._saving is None else str(self._saving)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """As the host, but to a folder aside, which gets its name when it is whole."""
+        self._sealer.wait()
+        output_dir = Path(self._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            clean(output_dir)
+        self.accelerator.wait_for_everyone()
+        self._saving = output_dir / SAVING
+        try:
+            super()._save_checkpoint(model, trial)
+        except OSError as error:
+            raise OSError(
+                f"{output_dir / name} was not saved: {error}. What was saved before is whole; go on from it with "
+                "--resume when there is room."
+            ) from error
+        finally:
+            self._saving = None
+        draft, final = output_dir / SAVING / name, output_dir / name
+        self._name_best(output_dir, draft)
+        # All processes have written their parts.
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            step, best = self.state.global_step, self.state.best_model_checkpoint
+
+            def finish() -> None:
+                seal(draft, step, self._run or {})
+                put_in_place(draft, final)
+                draft.parent.rmdir()
+                rotate(output_dir, self.args.save_total_limit, (best,))
+                if self.args.push_to_hub:
+                    self._push(final, step)
+
+            self._sealer.start(finish)
+
+    def _name_best(self, output_dir: Path, draft: Path) -> None:
+        """The best checkpoint by the name that it will have, in the state of the Trainer and in that of the draft."""
+        if self.state.best_global_step is None:
+            return
+        best = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+        if best.exists() or best.name == draft.name:
+            self.state.best_model_checkpoint = str(best)
+            if self.args.should_save:
+                self.state.save_to_json(str(draft / TRAINER_STATE_NAME))
+
+    def _load_best_model(self) -> None:
+        self._sealer.wait()
+        self.accelerator.wait_for_everyone()
+        super()._load_best_model()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
@@ -201,29 +320,37 @@ class CustomTrainer(Trainer):
         )
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Only the event: a checkpoint is pushed when it stands, by `_push`."""
+        if self.args.hub_strategy != HubStrategy.END:
+            self.callback_handler.on_push_begin(self.args, self.state, self.control)
+
+    def _push(self, checkpoint: Path, step: int) -> None:
         """As the host, in the background, but what may leave alone, and without the card, which needs results."""
-        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+        if self.args.hub_strategy == HubStrategy.END:
             return
         is_busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
         if is_busy and not self.args.hub_always_push:
             return
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
         job = publish_later(
-            checkpoint_folder,
+            checkpoint,
             self.hub_model_id,
             token=self.args.hub_token,
             revision=self.args.hub_revision,
-            commit_message=f"Training in progress, step {self.state.global_step}",
+            commit_message=f"Training in progress, step {step}",
             with_card=False,
         )
         if is_busy:
             self.push_in_progress.jobs.append(job)
         else:
-            self._finish_current_push()
+            self._say_failed_pushes()
             self.push_in_progress = PushInProgress([job])
 
     def _finish_current_push(self) -> None:
+        self._sealer.wait()
         super()._finish_current_push()
+        self._say_failed_pushes()
+
+    def _say_failed_pushes(self) -> None:
         for job in getattr(getattr(self, "push_in_progress", None), "jobs", []):
             if (error := job.exception()) is not None:
                 logger.warning(f"A push while training failed: {error}")

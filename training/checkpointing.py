@@ -1,0 +1,305 @@
+"""Checkpoints that are whole or not there, and are known to be so.
+
+A checkpoint is written to a folder aside, flushed to the disk and given a manifest with the size and the SHA-256 of
+every file; then one rename puts it in place. What is resumed is the newest that agrees with its manifest; older ones
+are the fall-back, and the oldest goes only when a newer one stands. The manifest also says what the run was: resuming
+it with other data, another number of processes or another batch size would not be the same run, and is refused.
+
+Each function is usable alone; `CustomTrainer` calls them.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import zipfile
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+
+import datasets
+import pyarrow as pa
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from hf_custom.checks import check_shard_names
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+# Beside the checkpoints: what is being written, and what is being removed.
+SAVING, REMOVING = ".saving", ".removing"
+_NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+_BLOCK = 2**22
+# What torch writes as a zip archive of numbers and a pickle of their names.
+_ARCHIVES = (".pt", ".pth", ".bin")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that must not be resumed, and why."""
+
+
+def checkpoints(output_dir: str | Path) -> list[Path]:
+    """The folders that are named as checkpoints, oldest step first."""
+    folder = Path(output_dir)
+    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
+    return sorted((path for path in found if path.is_dir()), key=lambda path: int(_NAME.fullmatch(path.name)[1]))
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def seal(folder: str | Path, step: int, run: dict[str, object]) -> None:
+    """Flush a checkpoint's files and write its manifest, the last of them.
+
+    Args:
+        run: what must be the same when it is resumed, as `describe_run` gives it.
+    """
+    folder = Path(folder)
+    files = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST):
+        _flush(path)
+        name = path.relative_to(folder).as_posix()
+        files[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    content = {"format": FORMAT, "step": step, "run": run, "files": files}
+    (folder / MANIFEST).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    _flush(folder / MANIFEST)
+    for path in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
+        _flush(path)
+
+
+def put_in_place(draft: str | Path, final: str | Path) -> None:
+    """Rename a sealed folder to its name, over an older one of that name, and flush."""
+    draft, final = Path(draft), Path(final)
+    if final.exists():
+        remove(final)
+    draft.rename(final)
+    _flush(final.parent)
+
+
+def remove(folder: str | Path) -> None:
+    """Delete a checkpoint; one that is deleted half is none."""
+    folder = Path(folder)
+    aside = folder.parent / REMOVING
+    aside.mkdir(exist_ok=True)
+    shutil.rmtree(aside / folder.name, ignore_errors=True)
+    folder.rename(aside / folder.name)
+    shutil.rmtree(aside)
+
+
+def clean(output_dir: str | Path) -> None:
+    """Delete what an earlier process left half-written or half-deleted."""
+    for name in (SAVING, REMOVING):
+        shutil.rmtree(Path(output_dir) / name, ignore_errors=True)
+
+
+def rotate(output_dir: str | Path, limit: int | None, protected: tuple[str | None, ...] = ()) -> None:
+    """Delete the oldest sealed checkpoints beyond `limit`. The newest, and those `protected`, stay.
+
+    Folders without a manifest are not counted: this program did not write them.
+    """
+    if not limit or limit < 1:
+        return
+    sealed = [path for path in checkpoints(output_dir) if (path / MANIFEST).is_file()]
+    kept = {Path(path).name for path in protected if path} | {path.name for path in sealed[-1:]}
+    others = [path for path in sealed if path.name not in kept]
+    for path in others[: max(0, len(sealed) - max(limit, len(kept)))]:
+        remove(path)
+
+
+def read_manifest(folder: str | Path) -> dict:
+    """A checkpoint's manifest, of the expected form.
+
+    Raises:
+        CheckpointError: when it is missing or is none.
+    """
+    file = Path(folder) / MANIFEST
+    if not file.is_file() or file.is_symlink():
+        raise CheckpointError(f"has no {MANIFEST}, so it was not finished or not written by this program")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in content["files"].items()}
+        return {"step": int(content["step"]), "run": dict(content["run"]), "files": files}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"has a broken {MANIFEST}") from None
+
+
+def verify(folder: str | Path) -> dict:
+    """Check a checkpoint against its manifest, and that nothing in it can harm who loads it.
+
+    Every file is there, of its size and its SHA-256; none is a link or lies elsewhere; an archive of torch is stored
+    plainly, so that it cannot grow; all weights are finite.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        CheckpointError: with the file and what is wrong.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    links = [path for path in folder.rglob("*") if path.is_symlink()]
+    if links:
+        raise CheckpointError(f"holds a link, {links[0].name}")
+    for name, (size, digest) in manifest["files"].items():
+        path = folder / name
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise CheckpointError(f"names {name!r}, outside its folder")
+        if not path.is_file():
+            raise CheckpointError(f"lacks {name}")
+        if path.stat().st_size != size:
+            raise CheckpointError(f"has {path.stat().st_size:,} bytes of {name} where {size:,} were written")
+        if _sha256(path) != digest:
+            raise CheckpointError(f"has another {name} than was written")
+    try:
+        check_shard_names(folder)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST):
+        if path.relative_to(folder).as_posix() not in manifest["files"]:
+            raise CheckpointError(f"holds {path.name}, which was not written with it")
+        if path.suffix in _ARCHIVES:
+            _check_archive(path)
+        elif path.suffix == ".safetensors":
+            _check_finite(path)
+    return manifest
+
+
+def _check_archive(file: Path) -> None:
+    if not zipfile.is_zipfile(file):
+        raise CheckpointError(f"holds {file.name}, which is no archive of torch")
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or (
+        sum(entry.file_size for entry in entries) > file.stat().st_size
+    ):
+        raise CheckpointError(f"holds {file.name}, which would grow when it is read")
+
+
+def _check_finite(file: Path) -> None:
+    try:
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - no mapping
+                tensor = tensors.get_tensor(name)
+                if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                    raise CheckpointError(f"has numbers in {name} that are not finite")
+    except SafetensorError as error:
+        raise CheckpointError(f"has a broken {file.name}: {error}") from None
+
+
+def newest_verified(output_dir: str | Path) -> tuple[Path | None, list[tuple[str, str]]]:
+    """The newest checkpoint that is whole, or `None`; and the newer ones that are not, with the reason."""
+    skipped = []
+    for folder in reversed(checkpoints(output_dir)):
+        try:
+            verify(folder)
+            return folder, skipped
+        except CheckpointError as error:
+            skipped.append((folder.name, str(error)))
+    return None, skipped
+
+
+def data_fingerprint(dataset) -> str:
+    """SHA-256 over the rows of a data set, in their order; of what has no length only that it is streamed.
+
+    A data set of another kind than `datasets.Dataset` is represented by its length and up to a thousand of its rows.
+    """
+    digest = hashlib.sha256()
+    if isinstance(dataset, datasets.Dataset):
+        digest.update(json.dumps([dataset.column_names, len(dataset)]).encode())
+        for batch in dataset.with_format("arrow").iter(10_000):
+            # Taken, so that equal rows are equal bytes, whatever table they are a part of.
+            for part in batch.take(pa.array(range(len(batch)))).combine_chunks().to_batches():
+                digest.update(part.replace_schema_metadata(None).serialize())
+        return digest.hexdigest()
+    try:
+        length = len(dataset)
+    except TypeError:
+        return "streamed"
+    digest.update(str(length).encode())
+    for row in range(0, length, max(1, length // 1000)):
+        digest.update(repr(dataset[row]).encode())
+    return digest.hexdigest()
+
+
+def describe_run(args, dataset) -> dict[str, object]:
+    """What a resumed run must share with the one that it goes on from."""
+    return {
+        "data": data_fingerprint(dataset),
+        "processes": args.world_size,
+        "per_device_train_batch_size": args.per_device_train_batch_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "seed": args.seed,
+        "data_seed": args.data_seed,
+    }
+
+
+def check_same_run(folder: str | Path, manifest: dict, run: dict[str, object]) -> None:
+    """Refuse to go on from the checkpoint of another run.
+
+    Raises:
+        CheckpointError: naming the first thing that differs.
+    """
+    for name, value in run.items():
+        if manifest["run"].get(name) != value:
+            what = "the training data" if name == "data" else f"`{name}`"
+            values = "" if name == "data" else f": {manifest['run'].get(name)} then, {value} now"
+            raise CheckpointError(
+                f"{folder} is of another run, because {what} changed{values}. Run it as it was, or pass --force_resume "
+                "to go on all the same, with other batches than the straight run would see."
+            )
+
+
+class Sealer:
+    """Seals checkpoints while training goes on: hashing and flushing take as long as writing does.
+
+    One at a time; what fails is raised by the next `wait`.
+    """
+
+    def __init__(self):
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="seal")
+        self._job: Future | None = None
+
+    def start(self, work: Callable[[], None]) -> None:
+        """Begin, after what was begun before has ended."""
+        self.wait()
+        self._job = self._pool.submit(work)
+
+    def wait(self) -> None:
+        """Until nothing is left to do.
+
+        Raises:
+            Exception: what the work raised.
+        """
+        job, self._job = self._job, None
+        if job is not None:
+            job.result()
+
+
+__all__ = [
+    "CheckpointError",
+    "Sealer",
+    "check_same_run",
+    "checkpoints",
+    "clean",
+    "data_fingerprint",
+    "describe_run",
+    "newest_verified",
+    "put_in_place",
+    "remove",
+    "rotate",
+    "seal",
+    "verify",
+]
