@@ -14,6 +14,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .dropout import keep_mask
 from .ops import is_traced
@@ -21,6 +22,8 @@ from .packing import Buckets
 
 # Queries whose scores are in memory together, where a CPU does not take torch's own kernel.
 QUERY_BLOCK = 64
+# What the host knows `varlen_attention_forward` by.
+_NAME = "varlen" if __name__ == "hf_custom.attention" else f"varlen.{__name__}"
 
 
 def eager_attention_forward(
@@ -94,7 +97,7 @@ def upcast_attention(attention_interface: Callable, attn_implementation: str) ->
 
 def implementation_for(attn_implementation: str) -> str:
     """The implementation to ask the host for: `varlen`, which does all that `sdpa` does, in its place."""
-    return "varlen" if attn_implementation == "sdpa" else attn_implementation
+    return _NAME if attn_implementation in ("sdpa", "varlen") else attn_implementation
 
 
 def varlen_attention_forward(
@@ -294,8 +297,10 @@ def fused_attention(
     )
 
 
-# In this file because a model on the Hub brings the files that it imports and runs no other code of the package.
-AttentionInterface.register("varlen", varlen_attention_forward)
-AttentionMaskInterface.register("varlen", sdpa_mask)
+# In this file because a model on the Hub brings the files that it imports and runs no other code of the package. Such a
+# copy, perhaps of another version, serves its own models and not those of the package: it has a name of its own.
+for _name in {_NAME, *({"varlen"} - set(ALL_ATTENTION_FUNCTIONS.valid_keys()))}:
+    AttentionInterface.register(_name, varlen_attention_forward)
+    AttentionMaskInterface.register(_name, sdpa_mask)
 
 __all__ = ["eager_attention_forward", "implementation_for", "upcast_attention", "varlen_attention_forward"]

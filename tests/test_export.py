@@ -19,6 +19,7 @@ from tiny import BERT, GPT2, LENGTH, MODELS, UNTIED, name_of, tokenizer, widen
 from transformers import Blip2Processor, GPT2LMHeadModel
 
 import hf_custom
+from hf_custom import attention
 from hf_custom.export import FAMILIES, ONLY_OF_CLASS, STOCK_CLASSES, WITHOUT_STOCK, export_to_stock
 
 ROWS = {row.name.removeprefix("Custom"): row for row in MODELS if row.name in STOCK_CLASSES}
@@ -522,6 +523,12 @@ def test_model_loaded_with_its_code_is_exported(tmp_path):
     folder = export_to_stock(remote, tmp_path / "folder")
     assert "auto_map" not in (folder / "config.json").read_text()
     assert_same_weights(GPT2LMHeadModel.from_pretrained(folder), remote)
+    # Its attention is that of its own code, and the package keeps that of its own.
+    code = sys.modules[type(remote).__module__.replace("modeling_gpt2", "attention")]
+    functions = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS
+    assert functions["varlen"] is attention.varlen_attention_forward is not code.varlen_attention_forward
+    assert functions[code.implementation_for("sdpa")] is code.varlen_attention_forward
+    assert functions[attention.implementation_for("varlen")] is attention.varlen_attention_forward
 
 
 # --- PEFT ---

@@ -122,7 +122,7 @@ HOSTILE = {
     "a billion labels": (lambda f: edit(f / "config.json", num_labels=10**9), "`num_labels` is 1000000000"),
     "a billion words": (lambda f: edit(f / "config.json", vocab_size=10**9), "`vocab_size` is 1000000000"),
     "more layers than weights": (
-        lambda f: edit(f / "config.json", n_layer=5000),
+        lambda f: edit(f / "config.json", n_layer=60),
         "describes .* parameters but its files",
     ),
     "unknown family": (
