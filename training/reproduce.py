@@ -108,6 +108,7 @@ ROWS = {
         "qa_squad2.yaml",
         {"files": "nlp/qa_squad2_train.parquet"},
         "f1",
+        literature="in percent; 54.7 by never answering",
         flags=(*BY_LENGTH, "--bf16", "true", "--use_cpu", "true"),
     ),
     "easy_vqa": Row(
