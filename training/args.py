@@ -13,6 +13,8 @@ import yaml
 from huggingface_hub.errors import StrictDataclassError
 from transformers import HfArgumentParser, TrainingArguments
 
+from training.guards import NONFINITE_ACTIONS, apply_timeout
+
 
 @dataclass
 class DataArguments:
@@ -29,6 +31,9 @@ class DataArguments:
     streaming: bool = field(default=False, metadata={"help": "read the data as it is needed (needs --max_steps)"})
     block_size: int = field(default=256, metadata={"help": "tokens in a training row"})
     num_proc: int | None = field(default=None, metadata={"help": "processes that tokenize"})
+    quarantine: str | None = field(
+        default=None, metadata={"help": "file for bad rows, which are then left out and counted; else one is refused"}
+    )
 
     def __post_init__(self):
         if not 0 < self.validation_fraction < 1:
@@ -60,6 +65,9 @@ class TableArguments:
     validation_fraction: float = field(default=0.1, metadata={"help": "share of the rows to hold out"})
     max_length: int = field(default=128, metadata={"help": "tokens of a row; longer ones are cut"})
     max_train_rows: int | None = field(default=None, metadata={"help": "rows to train on, drawn with the seed"})
+    quarantine: str | None = field(
+        default=None, metadata={"help": "file for bad rows, which are then left out and counted; else one is refused"}
+    )
 
     def __post_init__(self):
         if not 0 < self.validation_fraction < 1:
@@ -120,6 +128,10 @@ class RunArguments(TrainingArguments):
         default=False,
         metadata={"help": "resume also with other data, batches or processes than the checkpoint's run had"},
     )
+    on_nonfinite: str = field(
+        default="stop",
+        metadata={"help": "a step whose loss or gradient is not finite: stop before its update, or skip the update"},
+    )
     save_trained_only: bool = field(
         default=False,
         metadata={"help": "checkpoints without the weights of frozen parts, which the next start reads where it did"},
@@ -129,6 +141,8 @@ class RunArguments(TrainingArguments):
     )
 
     def __post_init__(self):
+        if self.on_nonfinite not in NONFINITE_ACTIONS:
+            raise ValueError(f"--on_nonfinite is {self.on_nonfinite!r} but must be {' or '.join(NONFINITE_ACTIONS)}.")
         if self.early_stopping_patience is not None:
             if self.early_stopping_patience < 1:
                 raise ValueError(
@@ -136,6 +150,7 @@ class RunArguments(TrainingArguments):
                 )
             self.load_best_model_at_end = True
         super().__post_init__()
+        apply_timeout(self)
 
 
 def read_recipe(path: str) -> dict:

@@ -40,6 +40,10 @@ class CheckpointError(ValueError):
     """A checkpoint that must not be resumed, and why."""
 
 
+class NotSavedError(OSError):
+    """A checkpoint that could not be written; those before it are whole."""
+
+
 def checkpoints(output_dir: str | Path) -> list[Path]:
     """The folders that are named as checkpoints, oldest step first."""
     folder = Path(output_dir)
@@ -290,6 +294,7 @@ class Sealer:
 
 __all__ = [
     "CheckpointError",
+    "NotSavedError",
     "Sealer",
     "check_same_run",
     "checkpoints",

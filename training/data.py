@@ -4,21 +4,32 @@ Text comes from a Hub data set, from local files or folders, or, when nothing is
 carries: the language reference behind `help()`, so that scripts and tests need no network.
 """
 
-import codecs
-import csv
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 from training.args import TableArguments
+from training.file_rows import UnreadableText, check_rows_of_file, check_text_file
+from training.file_rows import check_table_file as check_table_file
+from training.preflight import (
+    LONGEST_CONTENT,
+    ROW,
+    TOKEN_COLUMNS,
+    Origin,
+    Quarantine,
+    find_empty,
+    sift,
+    with_places,
+)
+from training.preflight import check_columns as check_columns
+from training.preflight import row_of_the_data as row_of_the_data
 
 # File endings by the builder of `datasets` that reads them.
 BUILDERS = {
@@ -33,8 +44,6 @@ BUILDERS = {
 }
 # With fewer rows than this a split by rows would be all or nothing, so every document gives its own end instead.
 FEWEST_ROWS_TO_SPLIT = 20
-# Column that remembers the place of a row in the data as given, for a message about it.
-ROW = "row_of_the_data"
 
 
 def embedded_corpus() -> Dataset:
@@ -85,86 +94,65 @@ def find_files(paths: Iterable[str]) -> tuple[str, list[str]]:
     return builders.pop(), [str(file) for file in files]
 
 
-def check_text_file(file: str) -> None:
-    """Refuse a text file that is empty, blank or not UTF-8, before anything is built from it.
+def check_file(file: str, builder: str, columns: Iterable[str] | None, origin: Origin) -> tuple:
+    """As `check_rows_of_file`, of a file of any format."""
+    if builder == "parquet":
+        return file, pq.ParquetFile(file).metadata.num_rows, [], []
+    if builder != "text":
+        return check_rows_of_file(file, columns, origin)
+    try:
+        check_text_file(file)
+    except UnreadableText as error:
+        if origin.quarantine.file is None:
+            raise
+        with open(file, "rb") as stream:
+            content = stream.read(LONGEST_CONTENT)
+        origin.quarantine.reject(file, file, 0, error.reason, str(error), "", content)
+        return file, 1, [0], []
+    return file, 1, [], []
 
-    Raises:
-        ValueError: naming the file and, for bytes that are not UTF-8, their line and column.
+
+def check_files(
+    files: list[str], builder: str, columns: Iterable[str] | None, origin: Origin
+) -> tuple[list[str], list[str]]:
+    """The files to read, copies of those with bad rows among them, and columns of csv files to be read as text.
+
+    Fills in where the rows stand.
     """
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    has_text = False
-    line, column = 1, 0
-    with open(file, "rb") as stream:
-        for chunk in iter(lambda: stream.read(1 << 20), b""):
-            try:
-                text = decoder.decode(chunk)
-            except UnicodeDecodeError as error:
-                before = error.object[: error.start]
-                line += before.count(b"\n")
-                column = error.start - (before.rfind(b"\n") + 1) + (column if b"\n" not in before else 0)
-                raise ValueError(
-                    f"{file} is not UTF-8: byte 0x{error.object[error.start]:02x} at line {line}, byte {column + 1}. "
-                    f"Convert it, for instance with `iconv -f latin1 -t utf-8 {file}`."
-                ) from None
-            has_text = has_text or bool(text.strip())
-            line += chunk.count(b"\n")
-            column = len(chunk) - (chunk.rfind(b"\n") + 1) + (column if b"\n" not in chunk else 0)
-    if decoder.decode(b"", final=False) or decoder.getstate()[0]:
-        raise ValueError(f"{file} ends in the middle of a UTF-8 character. It was cut off: fetch it again.")
-    if not has_text:
-        raise ValueError(f"{file} is empty. Give a file with text in it.")
+    kept, mixed, start = [], {}, 0
+    for file in files:
+        path, count, left_out, some = check_file(file, builder, columns, origin)
+        origin.files.append((file, count))
+        origin.left_out += [start + row for row in left_out]
+        start += count
+        mixed |= dict.fromkeys(some)
+        if builder != "text" or not left_out:
+            kept.append(path)
+    if not kept:
+        raise ValueError(f"no file of {origin.words} is left: all {len(files)} are bad. Look into them one by one.")
+    if not all(count for _, count in origin.files):
+        # One object of JSON over many lines, whose rows are known to the reader alone.
+        origin.files[:] = [(", ".join(files), 0)]
+    return kept, list(mixed)
 
 
-def check_table_file(file: str) -> None:
-    """Refuse a csv, tsv or jsonl file with a broken row.
+def load_files(
+    paths: Iterable[str],
+    streaming: bool = False,
+    columns: Iterable[str] | None = None,
+    origin: Origin | None = None,
+) -> Dataset | IterableDataset:
+    """Rows of local files: one row a file for text, the file's own rows for csv, tsv, json, jsonl and parquet.
 
-    A row with too few fields would be filled up and an open quote would swallow the rows after it, both in silence.
-
-    Raises:
-        ValueError: naming the file, the row (from 0, header and blank lines not counted) and its line.
+    Args:
+        columns: those that must hold values of one kind; all without it.
+        origin: says what becomes of bad rows, and is told where the rows stand; without it the first is refused.
+            Where rows were left out, column `ROW` has the places of the others.
     """
-    row = -1
-    with open(file, encoding="utf-8-sig", newline="") as stream:
-        if file.lower().endswith(".jsonl"):
-            for line, text in enumerate(stream, start=1):
-                if text.strip():
-                    row += 1
-                    try:
-                        json.loads(text)
-                    except json.JSONDecodeError as error:
-                        raise ValueError(f"{file}: row {row} (line {line}) is not JSON: {error}. Mend it.") from None
-            return
-        csv.field_size_limit(2**31 - 1)
-        lines = csv.reader(stream, delimiter="\t" if file.lower().endswith(".tsv") else ",", strict=True)
-        header, start = None, 1
-        try:
-            for fields in lines:
-                if header is None:
-                    header = fields or None
-                elif fields:
-                    row += 1
-                    if len(fields) != len(header):
-                        raise ValueError(
-                            f"{file}: row {row} (line {start}) has {len(fields)} fields but the header has "
-                            f"{len(header)}. Mend it, or put quotes around a field that holds the separator."
-                        )
-                start = lines.line_num + 1
-        except csv.Error as error:
-            raise ValueError(
-                f"{file}: row {row + 1} (line {start}) has an unbalanced quote ({error}). Close it, or double it."
-            ) from None
-    if row < 0:
-        raise ValueError(f"{file} has a header but no rows. Give a file with rows in it.")
-
-
-def load_files(paths: Iterable[str], streaming: bool = False) -> Dataset | IterableDataset:
-    """Rows of local files: one row a file for text, the file's own rows for csv, tsv, json, jsonl and parquet."""
+    paths, origin = list(paths), origin or Origin()
     builder, files = find_files(paths)
-    if builder != "parquet":
-        for file in files:
-            check_text_file(file)
-            if file.lower().endswith((".csv", ".tsv", ".jsonl")):
-                check_table_file(file)
+    origin.quarantine.check_outside(paths)
+    kept, mixed = check_files(files, builder, columns, origin)
     options = {}
     if builder == "text":
         options = {"sample_by": "document"}
@@ -173,34 +161,41 @@ def load_files(paths: Iterable[str], streaming: bool = False) -> Dataset | Itera
         if len(separators) > 1:
             raise ValueError("csv and tsv files were given together. Pass one format.")
         options = {"sep": separators.pop(), "keep_default_na": False}
+        if mixed:
+            options["converters"] = dict.fromkeys(mixed, str)
     try:
-        return load_dataset(builder, data_files=files, split="train", streaming=streaming, **options)
+        rows = load_dataset(builder, data_files=kept, split="train", streaming=streaming, **options)
     except DatasetGenerationError as error:
         raise ValueError(f"{', '.join(files)} cannot be read as {builder}: {error.__cause__ or error}") from None
+    if not streaming and origin.left_out:
+        rows = with_places(rows, origin)
+    return rows
 
 
-def check_column(rows: Dataset | IterableDataset, column: str) -> None:
-    """Refuse rows without the column to train on, and a column that holds anything but text."""
+def check_column(
+    rows: Dataset | IterableDataset, column: str, where: str | Origin = "the data"
+) -> Dataset | IterableDataset:
+    """The rows, none without text. Refuses rows without the column to train on, and one that holds anything else."""
     names = rows.column_names or []
     if column not in names and "input_ids" not in names:
         raise ValueError(
             f"the data has no column `{column}`; its columns are {', '.join(names)}. "
             "Name the one that holds the text with --text_column."
         )
-    if isinstance(rows, Dataset) and column in names:
-        values = rows.with_format("arrow")[column]
-        if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
-            raise ValueError(f"column `{column}` holds {values.type}, not text. Name another with --text_column.")
-        if values.null_count:
-            row = next(row for row, value in enumerate(values) if not value.is_valid)
-            raise ValueError(f"row {row} of the data has no text in column `{column}`. Fill it or remove the row.")
+    if "input_ids" in names or rows.features is None:
+        return rows
+    kind = rows.features.arrow_schema.field(column).type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        raise ValueError(f"column `{column}` holds {kind}, not text. Name another with --text_column.")
+    looked_at = [column, *(ROW,) * (ROW in names)]
+    return sift(rows, looked_at, lambda table: find_empty(table, [column], "no text"), where)
 
 
 def split_held_out(rows: Dataset, column: str, fraction: float, seed: int) -> DatasetDict:
     """Hold out a share of the text: whole rows drawn with `seed` or, of a few long documents, the end of each."""
     if len(rows) >= FEWEST_ROWS_TO_SPLIT or column not in rows.column_names:
         if "input_ids" in rows.column_names:
-            rows = rows.add_column(ROW, range(len(rows)))
+            rows = with_places(rows)
         parts = rows.train_test_split(test_size=fraction, seed=seed)
         return DatasetDict(train=parts["train"], validation=parts["test"])
     heads, tails = [], []
@@ -226,41 +221,58 @@ def load_text(
     validation_fraction: float = 0.1,
     streaming: bool = False,
     seed: int = 0,
+    quarantine: Quarantine | None = None,
 ) -> DatasetDict | IterableDatasetDict:
-    """Splits `train` and `validation` of the data that the arguments name; of the embedded corpus when none does."""
+    """Splits `train` and `validation` of the data that the arguments name; of the embedded corpus when none does.
+
+    Args:
+        quarantine: says what becomes of bad rows, and is told where the rows of each split stood.
+    """
+    quarantine = quarantine or Quarantine()
+    origin, columns = quarantine.origin("train", "the data"), (column, "input_ids", *TOKEN_COLUMNS)
     if dataset_name is not None:
         splits = load_dataset(dataset_name, dataset_config, streaming=streaming)
         if "train" not in splits:
             raise ValueError(f"data set {dataset_name} has no split `train`; it has {', '.join(splits)}.")
         rows, validation = splits["train"], splits.get("validation", splits.get("test"))
+        for name, part in (("train", rows), ("validation", validation)):
+            if part is not None:
+                quarantine.origin(name).files = [(f"{dataset_name}, {name}", 0 if streaming else len(part))]
     elif files:
-        rows, validation = load_files(files, streaming), None
+        rows, validation = load_files(files, streaming, columns, origin), None
     else:
         rows, validation = embedded_corpus(), None
         rows = rows.to_iterable_dataset() if streaming else rows
     if validation_files:
-        validation = load_files(validation_files, streaming)
-    check_column(rows, column)
+        validation = load_files(validation_files, streaming, columns, quarantine.origin("validation"))
+    rows = check_column(rows, column, origin)
     if validation is None:
         if streaming:
             raise ValueError("a stream cannot be split. Name held-out text with --validation_files, or do not stream.")
+        quarantine.origins["validation"] = origin
         return split_held_out(rows, column, validation_fraction, seed)
-    check_column(validation, column)
+    validation = check_column(validation, column, quarantine.origin("validation"))
     return (IterableDatasetDict if streaming else DatasetDict)(train=rows, validation=validation)
 
 
-def load_table_files(paths: list[str]) -> Dataset:
-    """Rows of local files that hold tables."""
+def load_table_files(paths: list[str], columns: Iterable[str] | None = None, origin: Origin | None = None) -> Dataset:
+    """Rows of local files that hold tables; arguments as for `load_files`."""
     builder, files = find_files(paths)
     if builder == "text":
         raise ValueError(f"{files[0]} is plain text, which has no columns. Give csv, tsv, json, jsonl or parquet.")
-    rows = load_files(paths)
+    rows = load_files(paths, columns=columns, origin=origin)
     if len(rows) == 0:
         raise ValueError(f"{', '.join(files)}: the table has no rows. Give a file with rows in it.")
     return rows
 
 
-def load_tables(args: TableArguments, embedded: Callable[[], Dataset], seed: int) -> DatasetDict:
+def load_tables(
+    args: TableArguments,
+    embedded: Callable[[], Dataset],
+    seed: int,
+    quarantine: Quarantine | None = None,
+    columns: Iterable[str] | None = None,
+) -> DatasetDict:
     """Splits `train`, `validation` and, where there is one, `test` of the rows that the arguments name.
 
     A validation split that is missing is drawn from the training rows with `seed`. Where rows were drawn, column `ROW`
@@ -268,17 +280,24 @@ def load_tables(args: TableArguments, embedded: Callable[[], Dataset], seed: int
 
     Args:
         embedded: makes the rows when nothing is named.
+        quarantine: says what becomes of bad rows, and is told where the rows of each split stood.
+        columns: those that must hold values of one kind; all without it.
     """
+    quarantine = quarantine or Quarantine()
     if args.dataset_name is not None:
         found = load_dataset(args.dataset_name, args.dataset_config)
         if "train" not in found:
             raise ValueError(f"data set {args.dataset_name} has no split `train`; it has {', '.join(found)}.")
         splits = {name: found[name] for name in ("train", "validation", "test") if name in found}
+        for name, rows in splits.items():
+            quarantine.origin(name).files = [(f"{args.dataset_name}, {name}", len(rows))]
     else:
-        splits = {"train": load_table_files(args.files) if args.files else embedded()}
+        origin = quarantine.origin("train")
+        splits = {"train": load_table_files(args.files, columns, origin) if args.files else embedded()}
     for name, files in (("validation", args.validation_files), ("test", args.test_files)):
         if files:
-            splits[name] = load_table_files(files)
+            quarantine.origins.pop(name, None)
+            splits[name] = load_table_files(files, columns, quarantine.origin(name))
     for name, rows in splits.items():
         if len(rows) == 0:
             raise ValueError(f"split `{name}` of the data has no rows.")
@@ -286,47 +305,13 @@ def load_tables(args: TableArguments, embedded: Callable[[], Dataset], seed: int
     if "validation" not in splits:
         if len(rows) < 2:
             raise ValueError("one row cannot be split. Give more, or name --validation_files.")
-        parts = rows.add_column(ROW, range(len(rows))).train_test_split(test_size=args.validation_fraction, seed=seed)
+        quarantine.origins["validation"] = quarantine.origin("train")
+        parts = with_places(rows).train_test_split(test_size=args.validation_fraction, seed=seed)
         splits |= {"train": parts["train"], "validation": parts["test"]}
     if args.max_train_rows is not None and args.max_train_rows < len(splits["train"]):
-        rows = splits["train"] if ROW in splits["train"].column_names else rows.add_column(ROW, range(len(rows)))
+        rows = with_places(splits["train"])
         splits["train"] = rows.shuffle(seed=seed).select(range(args.max_train_rows))
     return DatasetDict({name: splits[name] for name in ("train", "validation", "test") if name in splits})
-
-
-def row_of_the_data(rows: Dataset, index: int) -> int:
-    """Place of `rows[index]` in the data as given."""
-    return rows[index][ROW] if ROW in rows.column_names else index
-
-
-def check_columns(rows: Dataset, columns: dict[str, str], where: str = "the data") -> None:
-    """Refuse rows without the columns to train on, or with nothing in one of them.
-
-    Args:
-        columns: name of the column by the flag that names it.
-        where: the rows in words.
-    """
-    names = [name for name in rows.column_names if name != ROW]
-    for flag, column in columns.items():
-        if column not in names:
-            raise ValueError(
-                f"{where} has no column `{column}`; its columns are {', '.join(names)}. "
-                f"Name the right one with --{flag.lstrip('-')}."
-            )
-    for column in dict.fromkeys(columns.values()):
-        values = rows.with_format("arrow")[column]
-        start = 0
-        for chunk in values.iterchunks():
-            empty = chunk.is_null(nan_is_null=True)
-            if pa.types.is_string(chunk.type) or pa.types.is_large_string(chunk.type):
-                empty = pc.or_(empty, pc.fill_null(pc.equal(pc.utf8_trim_whitespace(chunk), ""), True))
-            elif pa.types.is_list(chunk.type) or pa.types.is_large_list(chunk.type):
-                empty = pc.or_(empty, pc.fill_null(pc.equal(pc.list_value_length(chunk), 0), True))
-            index = pc.index(empty, True).as_py()
-            if index >= 0:
-                row = row_of_the_data(rows, start + index)
-                raise ValueError(f"row {row} of {where} has nothing in column `{column}`. Fill it or remove the row.")
-            start += len(chunk)
 
 
 def check_token_ids(documents: list[list[int]], vocab_size: int, rows: Iterable[int]) -> None:

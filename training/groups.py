@@ -1,13 +1,14 @@
 """Hold out whole groups of rows: paragraphs with all their questions, documents with all their paragraphs."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from datasets import Dataset, DatasetDict, concatenate_datasets
 
 from training.args import TableArguments
-from training.data import ROW, check_columns, load_tables
+from training.data import load_tables
+from training.preflight import ROW, Quarantine, check_columns, with_places
 
 
 def split_by_group(rows: Dataset, column: str, fraction: float, seed: int) -> DatasetDict:
@@ -31,20 +32,26 @@ def split_by_group(rows: Dataset, column: str, fraction: float, seed: int) -> Da
 
 
 def load_grouped_tables(
-    args: TableArguments, embedded: Callable[[], Dataset], flag: str, column: str, seed: int
+    args: TableArguments,
+    embedded: Callable[[], Dataset],
+    flag: str,
+    column: str,
+    seed: int,
+    quarantine: Quarantine | None = None,
+    columns: Iterable[str] | None = None,
 ) -> DatasetDict:
     """As `load_tables`, but a validation split that is missing shares no value of `column` with the training rows.
 
     Args:
         flag: the one that names the column.
     """
-    splits = load_tables(replace(args, max_train_rows=None), embedded, seed)
-    if ROW in splits["validation"].column_names:
+    quarantine = quarantine or Quarantine()
+    splits = load_tables(replace(args, max_train_rows=None), embedded, seed, quarantine, columns)
+    origin = quarantine.origin("train")
+    if quarantine.origins["validation"] is origin:
         rows = concatenate_datasets([splits["train"], splits["validation"]]).sort(ROW)
-        check_columns(rows, {flag: column})
+        rows = check_columns(rows, {flag: column}, origin)
         splits |= split_by_group(rows, column, args.validation_fraction, seed)
     if args.max_train_rows is not None and args.max_train_rows < len(splits["train"]):
-        rows = splits["train"]
-        rows = rows if ROW in rows.column_names else rows.add_column(ROW, range(len(rows)))
-        splits["train"] = rows.shuffle(seed=seed).select(range(args.max_train_rows))
+        splits["train"] = with_places(splits["train"]).shuffle(seed=seed).select(range(args.max_train_rows))
     return DatasetDict(splits)

@@ -8,7 +8,7 @@ from datasets import ClassLabel, Dataset
 from torch import nn
 from transformers.utils import ModelOutput
 
-from training.data import row_of_the_data
+from training.preflight import Finding, Origin, row_of_the_data, set_aside
 
 # Of a column of labels with more distinct values than this share of its rows, every other row would be a class.
 MOST_CLASSES = 0.5
@@ -74,15 +74,48 @@ def class_numbers(rows: Dataset, column: str, classes: list[str], where: str) ->
     return [numbers[name] for name in names]
 
 
+def known_labels(rows: Dataset, column: str, classes: list[str], where: Origin) -> Dataset:
+    """The rows whose label is one of the classes; another is refused or, with a quarantine, set aside."""
+    known = set(classes)
+    findings = (
+        Finding(
+            index,
+            "unknown label",
+            f"has the label `{name}` in column `{column}`, which no training row has; those have "
+            f"{', '.join(classes[:10])}{', ...' if len(classes) > 10 else ''}",
+            "Remove the row, or give rows with this label to train on.",
+        )
+        for index, name in enumerate(label_names(rows, column))
+        if name not in known
+    )
+    return set_aside(rows, findings, where)
+
+
+def finite_amounts(rows: Dataset, column: str, where: Origin) -> Dataset:
+    """The rows whose amount is finite; another is refused or, with a quarantine, set aside."""
+    check_amounts(rows, column, where.words)
+    findings = (
+        Finding(index, "label out of range", f"has {value} in column `{column}`", "Give a number or remove the row.")
+        for index, value in enumerate(rows[column])
+        if not math.isfinite(value)
+    )
+    return set_aside(rows, findings, where)
+
+
+def check_amounts(rows: Dataset, column: str, where: str) -> None:
+    """Refuse a column of anything but numbers."""
+    kind = label_type(rows, column)
+    if not (pa.types.is_floating(kind) or pa.types.is_integer(kind)):
+        raise ValueError(f"column `{column}` of {where} holds {kind}, but --regression needs numbers.")
+
+
 def amounts(rows: Dataset, column: str, where: str) -> list[float]:
     """The number to predict of each row.
 
     Raises:
         ValueError: for what is no finite number, naming its row.
     """
-    kind = label_type(rows, column)
-    if not (pa.types.is_floating(kind) or pa.types.is_integer(kind)):
-        raise ValueError(f"column `{column}` of {where} holds {kind}, but --regression needs numbers.")
+    check_amounts(rows, column, where)
     values = [float(value) for value in rows[column]]
     for index, value in enumerate(values):
         if not math.isfinite(value):

@@ -26,6 +26,7 @@ from training.data import token_stream
 from training.metrics import BigramModel, TextScore, xz_bits_per_byte
 from training.plots import plot_loss_curve
 from training.run_clm import DEFAULTS, Run, prepare
+from training.runs import train
 
 RECIPE = Path(__file__).parent / "recipes" / "clm_mini.yaml"
 NAME = "gpt2-mini"
@@ -74,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
         run = prepare(*arguments)
     blocks = len(run.trainer.train_dataset)
     print(f"{run.model.num_parameters():,} parameters, {blocks} blocks of {run.data.block_size} tokens")
-    run.trainer.train()
+    train(run.trainer)
 
     rows, bigram = measure(run)
     output_dir = Path(run.trainer.args.output_dir)

@@ -48,6 +48,7 @@ from training.image_text import (
 )
 from training.images import image_shape, prepare_image_processor
 from training.plots import plot_image_grid
+from training.preflight import Quarantine, check_precision, check_run
 from training.qa_metrics import f1
 from training.runs import callbacks, check_length, choose_learning_rate, finish, is_sharded, prepare_tokenizer, train
 from training.trainer import CustomTrainer
@@ -299,11 +300,14 @@ def prepare(model_args: ModelArguments, args: Blip2Arguments, training_args: Run
     if model_args.stock:
         raise ValueError("--stock: the host has no training of BLIP-2's first stage. Leave it out.")
     set_seed(training_args.seed)
+    check_precision(training_args)
     choose_learning_rate(model_args, training_args, from_nothing=1e-3)
     # The Trainer would take the number of an image for a column that no model reads.
     training_args.remove_unused_columns = False
     embedded = partial(embedded_digits, "matching" if args.task == "caption" else "vqa")
-    splits = load_image_rows(args, args.text_columns, embedded, training_args.seed)
+    quarantine = Quarantine(args.quarantine, training_args.process_index == 0)
+    splits = load_image_rows(args, args.text_columns, embedded, training_args.seed, quarantine)
+    quarantine.finish()
     config = start_config(args, model_args)
     tokenizer = prepare_text(args, model_args, training_args, config, splits["train"])
     image_processor = prepare_image_processor(args.vision_model or model_args.model_name_or_path, config)
@@ -314,6 +318,7 @@ def prepare(model_args: ModelArguments, args: Blip2Arguments, training_args: Run
     make = prepare_pairs if args.stage == 1 else prepare_prompts
     rows, texts, collator = make(splits, args, processor, images, pixels, config)
     model = build_model(args, model_args, config)
+    check_run(model, training_args)
     if args.features_dir is not None:
         if any(weight.requires_grad for weight in model.vision_model.parameters()):
             raise ValueError(

@@ -39,9 +39,29 @@ from transformers import (
 
 from training import runs
 from training.args import ModelArguments, RunArguments, TableArguments, parse_arguments, user_errors
-from training.data import ROW, check_columns, load_tables
-from training.labels import WeightedLoss, amounts, balanced_weights, class_numbers, find_classes, label_type
+from training.data import load_tables
+from training.labels import (
+    WeightedLoss,
+    amounts,
+    balanced_weights,
+    class_numbers,
+    find_classes,
+    finite_amounts,
+    known_labels,
+    label_type,
+)
 from training.plots import plot_confusion_matrix
+from training.preflight import (
+    ROW,
+    Origin,
+    Quarantine,
+    check_columns,
+    check_examples,
+    check_precision,
+    check_run,
+    prepare_padding,
+    prepare_padding_of,
+)
 from training.runs import (
     callbacks,
     check_length,
@@ -150,16 +170,22 @@ def score_amounts(evaluation: EvalPrediction) -> dict[str, float]:
     }
 
 
-def words_for(rows: Dataset, split: str) -> str:
-    """Rows of a split in words. Those that were drawn from the data know their place in it."""
-    return "the data" if ROW in rows.column_names else f"the {split} split"
+def origin_of_split(quarantine: Quarantine, split: str) -> Origin:
+    """Where the rows of a split stood: in the data, where training and validation rows were drawn from the same."""
+    origin = quarantine.origin(split)
+    is_drawn = split != "test" and quarantine.origin("train") is quarantine.origin("validation")
+    origin.words = "the data" if is_drawn else f"the {split} split"
+    return origin
 
 
-def load_rows(data_args: TableArguments, task: ClassificationArguments, seed: int) -> DatasetDict:
+def load_rows(
+    data_args: TableArguments, task: ClassificationArguments, seed: int, quarantine: Quarantine | None = None
+) -> DatasetDict:
     """The splits, with the columns checked. A test split whose labels are hidden, as the Hub does, is left out."""
-    splits = load_tables(data_args, embedded_topics, seed)
-    for split, rows in splits.items():
-        check_columns(rows, task.columns, words_for(rows, split))
+    quarantine = quarantine or Quarantine()
+    splits = load_tables(data_args, embedded_topics, seed, quarantine, task.columns.values())
+    for split in list(splits):
+        rows = splits[split] = check_columns(splits[split], task.columns, origin_of_split(quarantine, split))
         for flag in ("text_column", "second_text_column"):
             column = task.columns.get(flag)
             kind = None if column is None else label_type(rows, column)
@@ -172,16 +198,26 @@ def load_rows(data_args: TableArguments, task: ClassificationArguments, seed: in
     return splits
 
 
-def number_labels(splits: DatasetDict, task: ClassificationArguments) -> tuple[list[str] | None, dict[str, list]]:
-    """The classes, `None` for regression, and the label of each row of each split as a number."""
+def number_labels(
+    splits: DatasetDict, task: ClassificationArguments, quarantine: Quarantine
+) -> tuple[list[str] | None, dict[str, list]]:
+    """The classes, `None` for regression, and the label of each row of each split as a number.
+
+    Rows with a label that cannot be one leave the splits.
+    """
     column, rows = task.label_column, splits["train"]
+    origins = {split: origin_of_split(quarantine, split) for split in splits}
     if task.regression or pa.types.is_floating(label_type(rows, column)):
         if task.class_weights != "none":
             raise ValueError(f"--class_weights weighs classes, but column `{column}` holds amounts. Leave it out.")
-        return None, {split: amounts(rows, column, words_for(rows, split)) for split, rows in splits.items()}
+        for split, origin in origins.items():
+            splits[split] = finite_amounts(splits[split], column, origin)
+        return None, {split: amounts(rows, column, origins[split].words) for split, rows in splits.items()}
     classes = find_classes(rows, column)
+    for split, origin in origins.items():
+        splits[split] = known_labels(splits[split], column, classes, origin)
     return classes, {
-        split: class_numbers(rows, column, classes, words_for(rows, split)) for split, rows in splits.items()
+        split: class_numbers(rows, column, classes, origins[split].words) for split, rows in splits.items()
     }
 
 
@@ -222,9 +258,11 @@ def prepare(
 ) -> Run:
     """Load, check and tokenize the rows, and build tokenizer, model and trainer. Nothing is trained yet."""
     set_seed(training_args.seed)
+    check_precision(training_args)
     choose_learning_rate(model_args, training_args, from_nothing=5e-4)
-    splits = load_rows(data_args, task, training_args.seed)
-    classes, labels = number_labels(splits, task)
+    quarantine = Quarantine(data_args.quarantine, training_args.process_index == 0)
+    splits = load_rows(data_args, task, training_args.seed, quarantine)
+    classes, labels = number_labels(splits, task, quarantine)
     check_best_metric(training_args, classes)
     text_columns = [column for flag, column in task.columns.items() if flag != "label_column"]
     tokenizer = prepare_tokenizer(
@@ -233,22 +271,32 @@ def prepare(
         lambda: (text for column in text_columns for text in splits["train"][column]),
         "wordpiece",
     )
-    if tokenizer.pad_token is None:
-        raise ValueError("the tokenizer has no `pad_token` to fill up short rows with. Use a checkpoint such as BERT.")
+    prepare_padding(tokenizer)
     config = prepare_task_config(model_args, task, tokenizer, classes)
+    prepare_padding_of(config, tokenizer)
     check_length("max_length", data_args.max_length, config)
     model = prepare_model(AutoModelForSequenceClassification, model_args, config, "labels")
+    check_run(model, training_args)
+    num_labels = None if classes is None else len(classes)
 
     def tokenized(split: str) -> Dataset:
         def tokenize(batch, indices):
             encoded = tokenizer(*(batch[column] for column in text_columns), truncation=True, max_length=limit)
             return {**encoded, "labels": [numbers[index] for index in indices]}
 
-        limit, numbers, names = data_args.max_length, labels[split], splits[split].column_names
+        limit, numbers = data_args.max_length, labels[split]
+        # Not the places of rows, by which bad ones are named.
+        names = [name for name in splits[split].column_names if name != ROW]
         with training_args.main_process_first(desc="tokenizing"):
-            return splits[split].map(tokenize, batched=True, with_indices=True, remove_columns=names, desc=split)
+            found = splits[split].map(tokenize, batched=True, with_indices=True, remove_columns=names, desc=split)
+        origin = origin_of_split(quarantine, split)
+        found = check_examples(
+            found, vocab_size=config.vocab_size, num_labels=num_labels, max_length=limit, where=origin
+        )
+        return found.remove_columns([ROW] if ROW in found.column_names else [])
 
     rows = {split: tokenized(split) for split in splits}
+    quarantine.finish()
     loss = None
     if task.class_weights == "balanced":
         loss = WeightedLoss(balanced_weights(labels["train"], len(classes)), training_args.label_smoothing_factor)

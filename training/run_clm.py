@@ -32,6 +32,7 @@ from training import runs
 from training.args import DataArguments, ModelArguments, RunArguments, parse_arguments, user_errors
 from training.data import collate_blocks, load_text, token_stream, tokenize_blocks
 from training.metrics import TextScore, score_text
+from training.preflight import Quarantine, check_examples, check_precision, check_run
 from training.runs import (
     callbacks,
     check_length,
@@ -88,9 +89,11 @@ class Run:
 def prepare(model_args: ModelArguments, data_args: DataArguments, training_args: RunArguments) -> Run:
     """Load, check and tokenize the data, and build tokenizer, model and trainer. Nothing is trained yet."""
     set_seed(training_args.seed)
+    check_precision(training_args)
     choose_learning_rate(model_args, training_args, from_nothing=1e-3)
     if data_args.streaming and training_args.max_steps <= 0:
         raise ValueError("a stream has no length, so the run needs one: pass --max_steps.")
+    quarantine = Quarantine(data_args.quarantine, training_args.process_index == 0)
     texts = load_text(
         dataset_name=data_args.dataset_name,
         dataset_config=data_args.dataset_config,
@@ -100,6 +103,7 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, training_args:
         validation_fraction=data_args.validation_fraction,
         streaming=data_args.streaming,
         seed=training_args.seed,
+        quarantine=quarantine,
     )
     column, rows = data_args.text_column, texts["train"]
     training_text = (lambda: (row[column] for row in rows)) if column in rows.column_names else None
@@ -110,6 +114,11 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, training_args:
     config = prepare_config(model_args, tokenizer)
     check_length("block_size", data_args.block_size, config)
     model = prepare_model(AutoModelForCausalLM, model_args, config)
+    check_run(model, training_args)
+    for split, rows in texts.items():
+        if "input_ids" in rows.column_names:
+            texts[split] = check_examples(rows, vocab_size=model.config.vocab_size, where=quarantine.origin(split))
+    quarantine.finish()
 
     def blocks(split: str) -> Dataset | IterableDataset:
         with training_args.main_process_first(desc="tokenizing"):

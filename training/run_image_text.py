@@ -24,6 +24,7 @@ Examples:
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,7 @@ from training.image_text import (
 from training.images import ImageTextCollator, image_shape, prepare_image_processor
 from training.masking import NewMasksEachEpoch
 from training.plots import plot_image_grid
+from training.preflight import Quarantine, check_precision, check_run, prepare_padding
 from training.runs import (
     callbacks,
     check_length,
@@ -228,10 +230,14 @@ def prepare(model_args: ModelArguments, args: ImageTextArguments, training_args:
     if model_args.stock:
         raise ValueError("--stock: the host has no BERT that reads images. Leave it out.")
     set_seed(training_args.seed)
+    check_precision(training_args)
     choose_learning_rate(model_args, training_args, from_nothing=5e-4)
     # The Trainer would take the number of an image for a column that no model reads.
     training_args.remove_unused_columns = False
-    splits = load_image_rows(args, args.text_columns, lambda: embedded_digits(args.task), training_args.seed)
+    quarantine = Quarantine(args.quarantine, training_args.process_index == 0)
+    embedded = partial(embedded_digits, args.task)
+    splits = load_image_rows(args, args.text_columns, embedded, training_args.seed, quarantine)
+    quarantine.finish()
     answers = keep_known_answers(splits, args) if args.task == "vqa" else []
 
     def training_text() -> Iterator[str]:
@@ -239,12 +245,14 @@ def prepare(model_args: ModelArguments, args: ImageTextArguments, training_args:
             yield text if isinstance(text, str) else " ".join(text)
 
     tokenizer = prepare_tokenizer(model_args, training_args, training_text, "wordpiece")
+    prepare_padding(tokenizer)
     config = prepare_vision_config(model_args, tokenizer, answers or MATCHING_LABELS)
     check_length("max_length", args.max_length, config)
     image_processor = prepare_image_processor(model_args.model_name_or_path, config)
     pixels, images = decode_splits(splits, image_processor, image_shape(config))
     rows, texts = prepare_rows(splits, args, tokenizer, answers, images, training_args.seed)
     model = build_model(args.task, model_args, config)
+    check_run(model, training_args)
     if training_args.process_index == 0:
         image_processor.save_pretrained(training_args.output_dir)
     trainer = CustomTrainer(

@@ -37,6 +37,7 @@ from training import runs
 from training.args import DataArguments, ModelArguments, RunArguments, parse_arguments, user_errors
 from training.data import load_text
 from training.masking import IGNORED, MaskedRows, Masker, NewMasksEachEpoch
+from training.preflight import Quarantine, check_examples, check_precision, check_run
 from training.runs import (
     callbacks,
     check_length,
@@ -117,11 +118,13 @@ def prepare(
 ) -> CustomTrainer:
     """Load, check and tokenize the data, and build tokenizer, model and trainer. Nothing is trained yet."""
     set_seed(training_args.seed)
+    check_precision(training_args)
     choose_learning_rate(model_args, training_args, from_nothing=1e-3)
     if data_args.streaming:
         raise ValueError("--streaming does not go with masks that are drawn by row number. Leave it out.")
     if data_args.block_size < 8:
         raise ValueError(f"--block_size is {data_args.block_size} but a row needs at least 8 tokens here.")
+    quarantine = Quarantine(data_args.quarantine, training_args.process_index == 0)
     texts = load_text(
         dataset_name=data_args.dataset_name,
         dataset_config=data_args.dataset_config,
@@ -130,7 +133,9 @@ def prepare(
         column=data_args.text_column,
         validation_fraction=data_args.validation_fraction,
         seed=training_args.seed,
+        quarantine=quarantine,
     )
+    quarantine.finish()
     column = data_args.text_column
     if column not in texts["train"].column_names:
         raise ValueError(f"the data has no column `{column}`, and token ids cannot be masked. Give text.")
@@ -140,6 +145,7 @@ def prepare(
     check_length("block_size", data_args.block_size, config)
     auto_class = AutoModelForPreTraining if masking_args.next_sentence else AutoModelForMaskedLM
     model = prepare_model(auto_class, model_args, config)
+    check_run(model, training_args)
     if masking_args.next_sentence:
         training_args.label_names = ["labels", "next_sentence_label"]
 
@@ -150,6 +156,10 @@ def prepare(
                 found = tokenize_pairs(*arguments, seed=training_args.seed, num_proc=data_args.num_proc)
             else:
                 found = tokenize_segments(*arguments, num_proc=data_args.num_proc)
+        # A segment that is bad is a mistake of ours or of the tokenizer, not of a row.
+        check_examples(
+            found, vocab_size=config.vocab_size, max_length=data_args.block_size, where=f"the {split} segments"
+        )
         return MaskedRows(found, masker, training_args.seed, fixed=split != "train")
 
     training_rows = rows("train")

@@ -31,6 +31,14 @@ from transformers import (
 from training.args import ModelArguments, RunArguments, TableArguments, parse_arguments, user_errors
 from training.embedded_tasks import embedded_questions
 from training.groups import load_grouped_tables
+from training.preflight import (
+    Quarantine,
+    check_examples,
+    check_precision,
+    check_run,
+    prepare_padding,
+    prepare_padding_of,
+)
 from training.qa_metrics import score_answers
 from training.qa_rows import START, read_questions
 from training.qa_windows import find_answers, make_windows
@@ -110,17 +118,17 @@ class Questions:
         return score_answers(self.answer(evaluation.predictions)[0], self.rows["answers"])
 
 
-def load_questions(data_args: TableArguments, args: QuestionArguments, seed: int) -> DatasetDict:
+def load_questions(
+    data_args: TableArguments, args: QuestionArguments, seed: int, quarantine: Quarantine
+) -> DatasetDict:
     """Splits `train`, `validation` and perhaps `test`. A paragraph, or a document of ours, is in one of them only."""
     column = args.context_column if data_args.dataset_name or data_args.files else "title"
-    splits = load_grouped_tables(data_args, embedded_questions, "context_column", column, seed)
+    answers = (args.answers_column,) if args.answers_column else ("answers", "answer", START)
+    columns = (args.question_column, args.context_column, *answers)
+    splits = load_grouped_tables(data_args, embedded_questions, "context_column", column, seed, quarantine, columns)
+    names = (args.question_column, args.context_column, args.answers_column, args.id_column)
     return DatasetDict(
-        {
-            split: read_questions(
-                rows, split, args.question_column, args.context_column, args.answers_column, args.id_column
-            )
-            for split, rows in splits.items()
-        }
+        {split: read_questions(rows, split, *names, quarantine.origin(split)) for split, rows in splits.items()}
     )
 
 
@@ -146,8 +154,7 @@ def window_length(data_args: TableArguments, args: QuestionArguments, config, to
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a tokenizer that cannot pad, and pad on the right, where no place in a paragraph moves."""
-    if tokenizer.pad_token is None:
-        raise ValueError("the tokenizer has no padding token (`pad_token`). Name one that has with --tokenizer_name.")
+    prepare_padding(tokenizer)
     tokenizer.padding_side = "right"
 
 
@@ -156,8 +163,11 @@ def prepare(
 ) -> tuple[CustomTrainer, dict[str, Questions]]:
     """Load, check and tokenize the data, and build tokenizer, model and trainer. Nothing is trained yet."""
     set_seed(training_args.seed)
+    check_precision(training_args)
     choose_learning_rate(model_args, training_args, from_nothing=5e-4)
-    rows = load_questions(data_args, args, training_args.seed)
+    quarantine = Quarantine(data_args.quarantine, training_args.process_index == 0)
+    rows = load_questions(data_args, args, training_args.seed, quarantine)
+    quarantine.finish()
     tokenizer = prepare_tokenizer(
         model_args,
         training_args,
@@ -167,7 +177,9 @@ def prepare(
     check_tokenizer(tokenizer)
     config = prepare_config(model_args, tokenizer)
     length = window_length(data_args, args, config, tokenizer)
+    prepare_padding_of(config, tokenizer)
     model = prepare_model(AutoModelForQuestionAnswering, model_args, config)
+    check_run(model, training_args)
     allow_none = any(start < 0 for split in rows for start in rows[split][START])
     splits, cut = {}, {}
     for split in rows:
@@ -176,6 +188,8 @@ def prepare(
                 rows[split], tokenizer, length, args.doc_stride, args.max_question_length
             )
         splits[split] = Questions(rows[split], windows, args, allow_none)
+        # A window that is bad is a mistake of ours, not of a row.
+        check_examples(splits[split].inputs, vocab_size=config.vocab_size, max_length=length, where=f"{split} windows")
     if any(cut.values()) and training_args.process_index == 0:
         counts = ", ".join(f"{count} of {split}" for split, count in cut.items() if count)
         print(f"questions longer than {args.max_question_length} tokens, whose ends are not read: {counts}")

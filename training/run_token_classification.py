@@ -30,6 +30,15 @@ from training.args import ModelArguments, RunArguments, TableArguments, parse_ar
 from training.data import load_tables
 from training.embedded_tasks import embedded_entities
 from training.groups import load_grouped_tables
+from training.preflight import (
+    ROW,
+    Quarantine,
+    check_examples,
+    check_precision,
+    check_run,
+    prepare_padding,
+    prepare_padding_of,
+)
 from training.runs import (
     FINE_TUNING_DEFAULTS,
     callbacks,
@@ -82,14 +91,23 @@ def make_compute_metrics(labels: list[str]) -> Callable:
     return compute_metrics
 
 
-def load_rows(data_args: TableArguments, tagging: TaggingArguments, seed: int) -> DatasetDict:
+def load_rows(
+    data_args: TableArguments, tagging: TaggingArguments, seed: int, quarantine: Quarantine | None = None
+) -> DatasetDict:
     """Splits `train`, `validation` and perhaps `test` with columns `tokens` and `tags`."""
+    quarantine = quarantine or Quarantine()
     if data_args.dataset_name or data_args.files:
-        splits = load_tables(data_args, embedded_entities, seed)
+        columns = {tagging.tokens_column, *TAGS_COLUMNS, tagging.tags_column}
+        splits = load_tables(data_args, embedded_entities, seed, quarantine, columns)
     else:
-        splits = load_grouped_tables(data_args, embedded_entities, "tokens_column", "document", seed)
+        splits = load_grouped_tables(data_args, embedded_entities, "tokens_column", "document", seed, quarantine)
     column = find_tags_column(splits["train"], tagging.tags_column)
-    return DatasetDict({split: read_tags(rows, split, tagging.tokens_column, column) for split, rows in splits.items()})
+    return DatasetDict(
+        {
+            split: read_tags(rows, split, tagging.tokens_column, column, quarantine.origin(split))
+            for split, rows in splits.items()
+        }
+    )
 
 
 def prepare_labels(
@@ -109,21 +127,34 @@ def prepare(
 ) -> tuple[CustomTrainer, DatasetDict]:
     """Load, check and tokenize the data, and build tokenizer, model and trainer. Nothing is trained yet."""
     set_seed(training_args.seed)
+    check_precision(training_args)
     choose_learning_rate(model_args, training_args, from_nothing=5e-4)
-    splits = load_rows(data_args, tagging, training_args.seed)
-    labels = find_labels(splits, tagging.label_all_tokens)
+    quarantine = Quarantine(data_args.quarantine, training_args.process_index == 0)
+    splits = load_rows(data_args, tagging, training_args.seed, quarantine)
+    labels = find_labels(splits, tagging.label_all_tokens, quarantine.origins)
     tokenizer = prepare_tokenizer(
         model_args, training_args, lambda: (" ".join(words) for words in splits["train"]["tokens"]), "wordpiece"
     )
     config, labels = prepare_labels(model_args, tokenizer, labels)
     check_length("max_length", data_args.max_length, config)
+    prepare_padding(tokenizer)
+    prepare_padding_of(config, tokenizer)
     model = prepare_model(AutoModelForTokenClassification, model_args, config, "tags")
+    check_run(model, training_args)
     encoded, cut = DatasetDict(), {}
     for split, rows in splits.items():
         with training_args.main_process_first(desc="tokenizing"):
             # Scored by the word, however it is trained.
             every = tagging.label_all_tokens and split == "train"
-            encoded[split], cut[split] = encode_words(rows, tokenizer, labels, data_args.max_length, every)
+            found, cut[split] = encode_words(rows, tokenizer, labels, data_args.max_length, every)
+        encoded[split] = check_examples(
+            found,
+            vocab_size=config.vocab_size,
+            num_labels=len(labels),
+            max_length=data_args.max_length,
+            where=quarantine.origin(split),
+        ).remove_columns(ROW)
+    quarantine.finish()
     if any(cut.values()) and training_args.process_index == 0:
         counts = ", ".join(f"{count} of {split}" for split, count in cut.items() if count)
         print(f"rows longer than {data_args.max_length} tokens, whose last words are not read: {counts}")

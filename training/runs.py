@@ -20,8 +20,10 @@ import hf_custom
 from hf_custom.cards import CardRecord
 from hf_custom.presets import preset_config
 from training.args import ModelArguments, RunArguments
-from training.checkpointing import CheckpointError
+from training.checkpointing import CheckpointError, NotSavedError
+from training.guards import DivergenceError, LostProcessError, NonFiniteError
 from training.plots import plot_loss_curve
+from training.preemption import exit_if_preempted
 from training.tokenizer import train_tokenizer
 from training.trainer import CustomTrainer
 
@@ -46,6 +48,8 @@ FINE_TUNING_DEFAULTS = {
     "eval_strategy": "epoch",
 }
 LEARNING_RATE_OF_CHECKPOINTS = 5e-5
+# What ends a run for a reason that one line says; any other error in training is a defect, whose traceback is wanted.
+ENDS = (CheckpointError, NotSavedError, NonFiniteError, DivergenceError, LostProcessError)
 
 
 def prepare_tokenizer(
@@ -153,11 +157,12 @@ def callbacks(training_args: RunArguments) -> list[TrainerCallback]:
 
 def train(trainer: CustomTrainer) -> None:
     """Train from the start, from the checkpoint that is named or, with --resume, from the newest whole one in the
-    folder. What cannot be resumed ends the script with one line."""
+    folder. What cannot be resumed, and what guards stop, ends the script with one line; pre-emption with code 75."""
     try:
         trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint or trainer.args.resume)
-    except CheckpointError as error:
-        sys.exit(f"error: {error}")
+    except ENDS as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+    exit_if_preempted(trainer)
 
 
 def finish(

@@ -1,13 +1,14 @@
 """Words and their tags: read and check them, label their sub-tokens, and score what was predicted."""
 
 import re
+from collections.abc import Iterator
 
 from datasets import ClassLabel, Dataset, DatasetDict
 from seqeval.metrics import accuracy_score, classification_report
 from seqeval.scheme import IOB2
 from transformers import PreTrainedTokenizerBase
 
-from training.data import ROW, check_columns, row_of_the_data
+from training.preflight import ROW, Finding, Origin, check_columns, set_aside
 
 ENTITY_TAG = re.compile(r"[BIESLU]-.+")
 # Entities whose own F1 is reported; more would bury the rest.
@@ -15,14 +16,27 @@ MOST_ENTITIES = 12
 IGNORED = -100
 
 
-def read_tags(rows: Dataset, split: str, tokens_column: str, tags_column: str) -> Dataset:
+def find_unequal(tokens: list[list], tags: list[list], tokens_column: str, tags_column: str) -> Iterator[Finding]:
+    """Rows with more or fewer tags than words, or without one of them."""
+    for row, (words, marks) in enumerate(zip(tokens, tags, strict=True)):
+        if len(words) != len(marks):
+            problem = f"has {len(words)} words in `{tokens_column}` but {len(marks)} tags in `{tags_column}`"
+            yield Finding(row, "ragged", problem, "Give each word one tag.")
+        elif None in words or None in marks:
+            yield Finding(row, "empty", "lacks a word or a tag", "Fill it or remove the row.")
+
+
+def read_tags(rows: Dataset, split: str, tokens_column: str, tags_column: str, origin: Origin | None = None) -> Dataset:
     """Columns `tokens`, `tags` (as words) and `ROW`, the place in the data as given.
+
+    Args:
+        origin: says what becomes of bad rows; without it the first is refused.
 
     Raises:
         ValueError: for a column of another kind and for a row without words or with more or fewer tags than words.
     """
-    where = f"the {split} data"
-    check_columns(rows, {"tokens_column": tokens_column, "tags_column": tags_column}, where)
+    origin = origin or Origin(f"the {split} data")
+    rows = check_columns(rows, {"tokens_column": tokens_column, "tags_column": tags_column}, origin)
     kind = getattr(rows.features[tags_column], "feature", None)
     for flag, column in (("tokens_column", tokens_column), ("tags_column", tags_column)):
         item = getattr(rows.features[column], "feature", None)
@@ -31,17 +45,9 @@ def read_tags(rows: Dataset, split: str, tokens_column: str, tags_column: str) -
                 f"column `{column}` holds {rows.features[column]}, not a list of words for each row. "
                 f"Name another with --{flag}; tags that are numbers need their names (a `ClassLabel` of `datasets`)."
             )
+    unequal = find_unequal(rows[tokens_column], rows[tags_column], tokens_column, tags_column)
+    rows = set_aside(rows, unequal, origin)
     tokens, tags = rows[tokens_column], rows[tags_column]
-    for row, (words, marks) in enumerate(zip(tokens, tags, strict=True)):
-        if len(words) != len(marks):
-            raise ValueError(
-                f"row {row_of_the_data(rows, row)} of {where} has {len(words)} words in `{tokens_column}` but "
-                f"{len(marks)} tags in `{tags_column}`. Give each word one tag."
-            )
-        if None in words or None in marks:
-            raise ValueError(
-                f"row {row_of_the_data(rows, row)} of {where} lacks a word or a tag. Fill it or remove the row."
-            )
     if isinstance(kind, ClassLabel):
         tags = [kind.int2str(list(marks)) for marks in tags]
     places = rows[ROW] if ROW in rows.column_names else range(len(rows))
@@ -53,8 +59,11 @@ def inside(tag: str) -> str:
     return re.sub(r"^[BSU]-", "I-", tag)
 
 
-def find_labels(splits: DatasetDict, label_all_tokens: bool) -> list[str]:
+def find_labels(splits: DatasetDict, label_all_tokens: bool, origins: dict[str, Origin] | None = None) -> list[str]:
     """The tags of the training data, `O` first.
+
+    Args:
+        origins: say what becomes of rows with a tag that training has not, by split; without it the first is refused.
 
     Raises:
         ValueError: when they are part entities and part not, or another split has one that training has not.
@@ -64,15 +73,19 @@ def find_labels(splits: DatasetDict, label_all_tokens: bool) -> list[str]:
     if entities and entities | {"O"} != labels | {"O"}:
         odd = min(labels - entities - {"O"})
         raise ValueError(f"tag {odd!r} is no entity's, though others are. Write `B-NAME`, `I-NAME` or `O`.")
+    known = ", ".join(sorted(labels))
     for split in set(splits) - {"train"}:
-        for index, tags in enumerate(splits[split]["tags"]):
-            unknown = sorted(set(tags) - labels)
-            if unknown:
-                row, known = row_of_the_data(splits[split], index), ", ".join(sorted(labels))
-                raise ValueError(
-                    f"row {row} of the {split} data has tag {unknown[0]!r}, which is not in the training data "
-                    f"({known}). Correct it, or train on rows that have it."
-                )
+        findings = (
+            Finding(
+                index,
+                "unknown label",
+                f"has tag {min(set(tags) - labels)!r}, which is not in the training data ({known})",
+                "Correct it, or train on rows that have it.",
+            )
+            for index, tags in enumerate(splits[split]["tags"])
+            if set(tags) - labels
+        )
+        splits[split] = set_aside(splits[split], findings, (origins or {}).get(split, f"the {split} data"))
     if label_all_tokens:
         labels |= {inside(tag) for tag in labels}
     return sorted(labels, key=lambda tag: (tag != "O", tag))
@@ -102,7 +115,9 @@ def encode_words(
         cut = [bool(encoding.overflowing) for encoding in encoded.encodings]
         return {**encoded, "labels": labels, "cut": cut}
 
-    encoded = rows.map(encode, batched=True, remove_columns=rows.column_names, desc="tokenizing")
+    # Not the places of rows, by which bad ones are named.
+    names = [name for name in rows.column_names if name != ROW]
+    encoded = rows.map(encode, batched=True, remove_columns=names, desc="tokenizing")
     return encoded.remove_columns("cut"), sum(encoded["cut"])
 
 

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
@@ -17,6 +18,7 @@ from hf_custom.hub import CARD, publish, publish_later
 from training.checkpointing import (
     SAVING,
     CheckpointError,
+    NotSavedError,
     Sealer,
     check_same_run,
     clean,
@@ -27,6 +29,8 @@ from training.checkpointing import (
     seal,
     verify,
 )
+from training.guards import LostProcessError, attach_guards, lost_processes
+from training.preemption import Preemption
 
 logger = logging.get_logger(__name__)
 
@@ -66,6 +70,8 @@ class CustomTrainer(Trainer):
                 "--fsdp was asked for but would run as plain data parallelism here. Leave out --use_cpu, start it with "
                 "training/accelerate/fsdp2.yaml, or leave out --fsdp."
             )
+        self.add_callback(Preemption())
+        attach_guards(self, nonfinite=getattr(self.args, "on_nonfinite", "stop"))
         self.card: CardRecord | None = None
         self._sealer = Sealer()
         self._run: dict | None = None
@@ -133,6 +139,8 @@ class CustomTrainer(Trainer):
 
         Raises:
             CheckpointError: for a checkpoint that is not whole, or of another run.
+        NotSavedError: when there is no room for a checkpoint.
+        LostProcessError: when another process is gone.
         """
         output_dir = Path(self.args.output_dir)
         self._run = describe_run(self.args, self.train_dataset)
@@ -144,6 +152,10 @@ class CustomTrainer(Trainer):
                 print(line)
         try:
             return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        except RuntimeError as error:
+            if lost := lost_processes(self):
+                raise LostProcessError(f"{lost}. Start the run again with --resume.") from error
+            raise
         finally:
             self._sealer.wait()
 
@@ -168,6 +180,13 @@ class CustomTrainer(Trainer):
             check_same_run(folder, manifest, self._run)
         return str(folder), lines
 
+    def _run_epoch(self, *args, **kwargs) -> None:
+        """Nothing where a finished run is resumed in mid-epoch: the host would take one step more than it was to."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def _get_output_dir(self, trial):
         return super()._get_output_dir(trial) if self._saving is None else str(self._saving)
 
@@ -182,8 +201,9 @@ class CustomTrainer(Trainer):
         self._saving = output_dir / SAVING
         try:
             super()._save_checkpoint(model, trial)
-        except OSError as error:
-            raise OSError(
+        # As a full disk shows in Python, in safetensors and in torch.
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise NotSavedError(
                 f"{output_dir / name} was not saved: {error}. What was saved before is whole; go on from it with "
                 "--resume when there is room."
             ) from error

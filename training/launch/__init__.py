@@ -1,0 +1,1 @@
+"""How a run is started where machines come and go: Slurm, Kubernetes JobSet, Ray Train."""
