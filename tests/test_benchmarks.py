@@ -9,6 +9,7 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
 from training.benchmarks import __main__ as benchmarks
+from training.benchmarks import trainer
 from training.benchmarks.contenders import OURS, STOCK, Comparison, Setting, comparisons, sweeps
 from training.benchmarks.report import flops_per_token, plot_sweeps, summary, table, write
 from training.benchmarks.texts import batches, draw_documents, full_documents, shorten
@@ -280,3 +281,15 @@ def test_readme_shows_the_results_that_are_kept():
     shown = summary(root / "training" / "benchmarks" / "results", "cpu")
     assert shown in (root / "README.md").read_text()
     assert len(shown.splitlines()) > 8
+
+
+def test_trainer_is_measured_beside_stock_where_both_train_alike(tmp_path, capsys):
+    flags = "--preset gpt2-mini --rounds 1 --steps 3 --batch_size 1 --length 16 --output".split()
+    trainer.main([*flags, str(tmp_path)])
+    result = json.loads(
+        (tmp_path / f"trainer-gpt2-mini-{'cuda' if torch.cuda.is_available() else 'cpu'}.json").read_text()
+    )
+    seconds = result["seconds"]
+    assert [len(seconds[name]["steps"]) for name in ("stock", "ours")] == [1, 1]
+    assert [len(seconds[name]["saves"]) for name in ("stock", "ours")] == [1, 1]
+    assert len(seconds["ours"]["seals"]) == 1 and "overhead: step" in capsys.readouterr().out

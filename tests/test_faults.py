@@ -53,6 +53,14 @@ def test_fault_is_survived(number, quick_outcomes):
     assert quick_outcomes[number]["survived"], quick_outcomes[number]["outcome"]
 
 
+def test_readme_shows_the_recorded_table():
+    results = json.loads((ROOT / "tests" / "faults" / "results.json").read_text())
+    assert [found["number"] for found in results["faults"]] == [fault.number for fault in FAULTS]
+    assert [found["fault"] for found in results["faults"]] == [fault.title for fault in FAULTS]
+    assert results["survived"] == sum(found["survived"] for found in results["faults"])
+    assert command.brief(results) in (ROOT / "README.md").read_text()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", OTHERS)
 def test_other_fault_is_survived(number, other_outcomes):

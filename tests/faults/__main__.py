@@ -22,13 +22,13 @@ import transformers
 from .lab import Lab
 from .table import FAULTS, Fault, Outcome, grade
 
-WIDEST_OUTCOME = 160
+WIDEST_OUTCOME, WIDEST_BRIEF = 160, 90
 
 
-def shortened(words: str) -> str:
+def shortened(words: str, width: int = WIDEST_OUTCOME) -> str:
     """One cell of a table."""
     words = " ".join(words.split()).replace("|", "/")
-    return words if len(words) <= WIDEST_OUTCOME else words[: WIDEST_OUTCOME - 1] + "…"
+    return words if len(words) <= width else words[: width - 1] + "…"
 
 
 def table(outcomes: list[Outcome]) -> str:
@@ -38,6 +38,15 @@ def table(outcomes: list[Outcome]) -> str:
         cells = (found.number, found.fault, found.how, shortened(found.outcome), "yes" if found.survived else "no")
         lines.append(f"| {' | '.join(map(str, cells))} | {found.seconds:.1f} |")
     return "\n".join(lines)
+
+
+def brief(results: dict) -> str:
+    """The README's table of a results file: what was injected and, in a few words, what became of it."""
+    lines = ["| # | fault | survived | outcome |", "| --- | --- | --- | --- |"]
+    for found in results["faults"]:
+        words = shortened(found["outcome"], WIDEST_BRIEF)
+        lines.append(f"| {found['number']} | {found['fault']} | {'yes' if found['survived'] else 'no'} | {words} |")
+    return "\n".join([*lines, "", f"{results['survived']} of {results['of']} faults survived."])
 
 
 def grade_in(folder: Path, number: int) -> Outcome:
