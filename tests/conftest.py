@@ -39,6 +39,12 @@ def _stock_again():
     hf_custom.register(replace_stock=False)
 
 
+@pytest.fixture(autouse=True)
+def _disk_that_keeps_what_it_is_given(monkeypatch):
+    """Waiting for the disk, which other tests keep busy, would be most of the time that a run of seconds takes."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
 @pytest.fixture
 def records():
     """What the host logs at warning or above while the test runs, Python's warnings being errors."""

@@ -318,7 +318,13 @@ def test_parts_of_the_loss_are_means_over_what_was_accumulated(data, tmp_path):
     arguments = [*FLAGS, *SIZES, *flags, "--files", str(data / "pictures"), "--output_dir", str(tmp_path)]
     trainer = prepare(*parse_arguments(ARGUMENTS, arguments, "", **DEFAULTS)).trainer
     seen = []
-    trainer.model.register_forward_hook(lambda model, inputs, output: seen.append(output.itm_loss.item()))
+
+    def keep(model, inputs, output):
+        # A guard looks once more, in evaluation mode.
+        if model.training:
+            seen.append(output.itm_loss.item())
+
+    trainer.model.register_forward_hook(keep)
     trainer.train()
     (line,) = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(seen) == 4 and line["itm_loss"] == pytest.approx(sum(seen) / 4, abs=1e-4)

@@ -1,7 +1,9 @@
 """Checkpoints: sealed, verified, rotated, and refused when they are not what was written or not of this run."""
 
 import json
+import os
 import zipfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -118,6 +120,16 @@ SPOILED = {
         "names '../checkpoint-1/optimizer.pt', outside",
     ),
 }
+
+
+def test_every_file_is_on_the_disk_before_the_manifest_that_names_it(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append(Path(f"/proc/self/fd/{descriptor}").resolve()))
+    folder = write(tmp_path, 1)
+    names = [path.name for path in flushed]
+    assert names == ["model.safetensors", "optimizer.pt", "trainer_state.json", MANIFEST, "checkpoint-1"]
+    put_in_place(folder, tmp_path / "checkpoint-9")
+    assert flushed[-1] == tmp_path
 
 
 @pytest.mark.parametrize("kind", SPOILED)

@@ -184,6 +184,7 @@ def finish(
         _write_results(trainer, data, metrics, pictures or {}, shown)
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
+    trainer.end_workers()
     # A process that ends early takes its connections with it, and the others down.
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()

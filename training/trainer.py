@@ -157,7 +157,16 @@ class CustomTrainer(Trainer):
                 raise LostProcessError(f"{lost}. Start the run again with --resume.") from error
             raise
         finally:
+            self.end_workers()
             self._sealer.wait()
+
+    def end_workers(self) -> None:
+        """End data workers that live on from epoch to epoch. Left to the garbage collector they take half a minute."""
+        loaders = [self.callback_handler.train_dataloader, *getattr(self, "_eval_dataloaders", {}).values()]
+        for loader in loaders:
+            loader = getattr(loader, "base_dataloader", loader)
+            if getattr(loader, "persistent_workers", False):
+                loader._iterator = None
 
     def _choose_checkpoint(self, asked: str | bool | None, output_dir: Path) -> tuple[str | None, list[str]]:
         """The checkpoint to go on from, and what to say about it."""
