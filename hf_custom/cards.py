@@ -157,14 +157,18 @@ def source_version() -> str:
     return f"hf_custom {version('hf_custom')}"
 
 
+def processor() -> str:
+    """The processor's name as the system gives it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def hardware(device: str) -> str:
     """The name of the machine's accelerator or processor, and how much of it."""
     if device == "cuda":
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    name = names[0] if names else platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads" if device == "cpu" else device
+    return f"{processor()}, {torch.get_num_threads()} threads" if device == "cpu" else device
 
 
 def code_sha256(folder: str | Path) -> str:

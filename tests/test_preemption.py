@@ -81,8 +81,10 @@ class Signal(TrainerCallback):
 
 @pytest.fixture(autouse=True)
 def _handlers():
-    """A pre-empted process keeps its handlers, since it is to end; this one is not."""
+    """A pre-empted process keeps its handlers, since it is to end; this one is not. SIGINT is what it usually is, also
+    where these tests run in the background of a shell, which ignores it for them."""
     former = {number: signal.getsignal(number) for number in SIGNALS}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     for number, handler in former.items():
         signal.signal(number, handler)

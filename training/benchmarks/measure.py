@@ -47,15 +47,11 @@ def memory_bandwidth(device: str) -> float:
     return array.nbytes / seconds(array.sum, device)
 
 
-def processor() -> str:
-    """The processor's name as the system gives it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def machine(device: str) -> dict:
     """Device, threads, versions, and the rates that every result is compared with."""
+    # Here, because stock's contenders read this file too and are to have nothing of the package in memory.
+    from hf_custom.cards import processor
+
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
         "threads": torch.get_num_threads(),
