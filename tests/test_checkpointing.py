@@ -321,3 +321,10 @@ def test_checkpoint_that_is_named_must_be_whole(run):
     (named / "optimizer.pt").unlink(missing_ok=True)
     with pytest.raises(SystemExit, match="checkpoint-4 lacks optimizer.pt. Name another one"):
         run_clm.main([*flags, "--output_dir", str(folder), "--resume_from_checkpoint", str(named)])
+
+
+def test_processes_that_see_different_checkpoints_do_not_go_on(run, monkeypatch):
+    flags, folder = run
+    monkeypatch.setattr("training.trainer.gather_object", lambda own: [*own, "elsewhere/checkpoint-1"])
+    with pytest.raises(SystemExit, match="different checkpoints, .*checkpoint-. and elsewhere/checkpoint-1"):
+        run_clm.main([*flags, "--output_dir", str(folder), "--resume", "--force_resume"])

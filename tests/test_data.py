@@ -10,10 +10,6 @@ import torch
 
 from training.args import TableArguments
 from training.data import (
-    ROW,
-    check_columns,
-    check_table_file,
-    check_text_file,
     check_token_ids,
     collate_blocks,
     embedded_corpus,
@@ -21,11 +17,12 @@ from training.data import (
     load_files,
     load_tables,
     load_text,
-    row_of_the_data,
     split_held_out,
     token_stream,
     tokenize_blocks,
 )
+from training.file_rows import check_table_file, check_text_file
+from training.preflight import ROW, check_columns, row_of_the_data
 from training.tokenizer import train_tokenizer
 
 TEXTS = ["One is the first.\n", 'Two, "quoted",\nwith a line break.\n', "Drei: Grüße, 数, 🙂\n"]

@@ -11,7 +11,8 @@ from transformers import GPT2Tokenizer
 import hf_custom
 from training import reproduce, run_clm
 from training.args import read_recipe
-from training.data import check_text_file, load_files
+from training.data import load_files
+from training.file_rows import check_text_file
 
 pytestmark = pytest.mark.data
 SMOKE = str(Path(__file__).parent.parent / "training" / "recipes" / "clm_smoke.yaml")

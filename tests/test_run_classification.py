@@ -17,9 +17,9 @@ from transformers import AutoModelForSequenceClassification, EvalPrediction
 import hf_custom
 from training import run_classification
 from training.args import TableArguments, parse_arguments, read_recipe
-from training.data import ROW
 from training.labels import WeightedLoss, amounts, balanced_weights, class_numbers, find_classes
 from training.plots import plot_confusion_matrix
+from training.preflight import ROW
 from training.run_classification import embedded_topics, score_amounts, score_classes
 from training.tokenizer import train_tokenizer
 

@@ -303,6 +303,7 @@ __all__ = [
     "describe_run",
     "newest_verified",
     "put_in_place",
+    "read_manifest",
     "remove",
     "rotate",
     "seal",

@@ -17,7 +17,6 @@ from datasets.exceptions import DatasetGenerationError
 
 from training.args import TableArguments
 from training.file_rows import UnreadableText, check_rows_of_file, check_text_file
-from training.file_rows import check_table_file as check_table_file
 from training.preflight import (
     LONGEST_CONTENT,
     ROW,
@@ -28,8 +27,6 @@ from training.preflight import (
     sift,
     with_places,
 )
-from training.preflight import check_columns as check_columns
-from training.preflight import row_of_the_data as row_of_the_data
 
 # File endings by the builder of `datasets` that reads them.
 BUILDERS = {

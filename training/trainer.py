@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, Trainer
@@ -25,6 +26,7 @@ from training.checkpointing import (
     describe_run,
     newest_verified,
     put_in_place,
+    read_manifest,
     rotate,
     seal,
     verify,
@@ -146,6 +148,11 @@ class CustomTrainer(Trainer):
         self._run = describe_run(self.args, self.train_dataset)
         with self.args.main_process_first(desc="verifying checkpoints"):
             checkpoint, lines = self._choose_checkpoint(resume_from_checkpoint, output_dir)
+        if len(seen := set(gather_object([checkpoint]))) > 1:
+            raise CheckpointError(
+                f"the processes would go on from different checkpoints, {' and '.join(sorted(map(str, seen)))}. Keep "
+                "the output folder on a disk that all of them see, or name one with --resume_from_checkpoint."
+            )
         if self.is_world_process_zero():
             clean(output_dir)
             for line in lines:
@@ -177,7 +184,7 @@ class CustomTrainer(Trainer):
             lines = [f"--resume: {name} {reason}; it is left out" for name, reason in skipped]
             if folder is None:
                 return None, [*lines, f"--resume: no checkpoint in {output_dir}, so training starts from the beginning"]
-            manifest = verify(folder)
+            manifest = read_manifest(folder)
             lines.append(f"--resume: going on from {folder}")
         else:
             folder, lines = Path(asked), []

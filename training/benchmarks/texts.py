@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from transformers import GPT2Tokenizer
 
-from training.data import check_text_file, embedded_corpus
+from training.data import embedded_corpus
+from training.file_rows import check_text_file
 from training.tokenizer import train_tokenizer
 
 # A shorter paragraph is a heading or the like, and a shorter sentence the number of one.
