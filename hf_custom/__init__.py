@@ -2,7 +2,10 @@
 
 from .configuration_bert import CustomBertConfig
 from .configuration_blip2 import CustomBlip2Config, CustomBlip2QFormerConfig, CustomBlip2VisionConfig
+from .configuration_elmo import CustomElmoConfig
 from .configuration_gpt2 import CustomGPT2Config
+from .configuration_transformer import CustomTransformerConfig
+from .configuration_word2vec import CustomWord2VecConfig
 from .export import export_to_stock
 from .hub import push_to_hub as _push_to_hub
 from .loading import load_model
@@ -27,6 +30,13 @@ from .modeling_blip2_vision import (
     CustomBlip2VisionModel,
     CustomBlip2VisionPreTrainedModel,
 )
+from .modeling_elmo import (
+    CustomElmoForCausalLM,
+    CustomElmoForPreTraining,
+    CustomElmoForTokenClassification,
+    CustomElmoModel,
+    CustomElmoPreTrainedModel,
+)
 from .modeling_gpt2 import (
     CustomGPT2DoubleHeadsModel,
     CustomGPT2ForCausalLM,
@@ -36,8 +46,19 @@ from .modeling_gpt2 import (
     CustomGPT2Model,
     CustomGPT2PreTrainedModel,
 )
+from .modeling_transformer import (
+    CustomTransformerForSeq2SeqLM,
+    CustomTransformerModel,
+    CustomTransformerPreTrainedModel,
+)
+from .modeling_word2vec import (
+    CustomWord2VecForPreTraining,
+    CustomWord2VecModel,
+    CustomWord2VecPreTrainedModel,
+)
 from .processing_blip2 import CustomBlip2Processor
 from .registry import register
+from .tokenization_elmo import CustomElmoTokenizer
 
 __version__ = "0.1.0"
 
@@ -50,6 +71,9 @@ for _base in (
     CustomBlip2VisionPreTrainedModel,
     CustomBlip2QFormerPreTrainedModel,
     CustomBlip2PreTrainedModel,
+    CustomTransformerPreTrainedModel,
+    CustomElmoPreTrainedModel,
+    CustomWord2VecPreTrainedModel,
 ):
     _base.push_to_hub = _push_to_hub
 
@@ -81,6 +105,13 @@ __all__ = [
     "CustomBlip2VisionForImageClassification",
     "CustomBlip2VisionModel",
     "CustomBlip2VisionPreTrainedModel",
+    "CustomElmoConfig",
+    "CustomElmoForCausalLM",
+    "CustomElmoForPreTraining",
+    "CustomElmoForTokenClassification",
+    "CustomElmoModel",
+    "CustomElmoPreTrainedModel",
+    "CustomElmoTokenizer",
     "CustomGPT2Config",
     "CustomGPT2DoubleHeadsModel",
     "CustomGPT2ForCausalLM",
@@ -89,6 +120,14 @@ __all__ = [
     "CustomGPT2ForTokenClassification",
     "CustomGPT2Model",
     "CustomGPT2PreTrainedModel",
+    "CustomTransformerConfig",
+    "CustomTransformerForSeq2SeqLM",
+    "CustomTransformerModel",
+    "CustomTransformerPreTrainedModel",
+    "CustomWord2VecConfig",
+    "CustomWord2VecForPreTraining",
+    "CustomWord2VecModel",
+    "CustomWord2VecPreTrainedModel",
     "export_to_stock",
     "load_model",
     "register",

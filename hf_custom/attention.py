@@ -16,12 +16,15 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .checks import check_head_mask
 from .dropout import keep_mask
 from .ops import is_traced
-from .packing import Buckets
+from .packing import Buckets, Packing
 
 # Queries whose scores are in memory together, where a CPU does not take torch's own kernel.
 QUERY_BLOCK = 64
+# Arguments that hold factors of heads: of the one stack, or of the encoder; of the decoder; of that over the encoder.
+HEAD_MASKS = ("head_mask", "decoder_head_mask", "cross_attn_head_mask")
 # What the host knows `varlen_attention_forward` by.
 _NAME = "varlen" if __name__ == "hf_custom.attention" else f"varlen.{__name__}"
 
@@ -297,10 +300,89 @@ def fused_attention(
     )
 
 
+# --- Heads switched off ---
+
+
+def layer_head_masks(
+    head_mask: torch.Tensor | None,
+    layers: nn.ModuleList,
+    config,
+    shape=(1, 1),
+    packing: Packing | None = None,
+    name: str = "head_mask",
+) -> tuple[torch.Tensor | None, ...]:
+    """What each layer multiplies its heads by, (B or 1, T or 1, H, 1); `None` for each without `head_mask`.
+
+    Args:
+        head_mask: (H,) for all layers or (L, H): 1 keeps a head, 0 drops it, other reals scale it. Or stock's five axes
+            (L, B, H, T, 1), each of them 1 where it makes no difference.
+        layers: L of them, of H heads each as `config` says.
+        shape: (B, T) of the queries; (1, 1) where a mask cannot tell them apart.
+        packing: of that batch, if the layers compute it packed.
+        name: of the argument that holds it, for errors.
+    """
+    num_layers, num_heads = len(layers), config.num_attention_heads
+    if head_mask is None:
+        return (None,) * num_layers
+    check_head_mask(head_mask, num_layers, num_heads, shape, name)
+    if head_mask.ndim < 5:
+        head_mask = head_mask.expand(num_layers, num_heads)[:, None, :, None, None]
+    masks = head_mask.expand(num_layers, -1, num_heads, -1, -1).transpose(2, 3)  # (L, B or 1, T or 1, H, 1)
+    if packing is None or tuple(masks.shape[1:3]) == (1, 1):
+        return masks.unbind()
+    return tuple(packing.unpad(mask.expand(*shape, -1, -1)) for mask in masks)
+
+
+def mask_heads(
+    attn_output: torch.Tensor, attn_weights: torch.Tensor | None, head_mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention's output (B, T, H, K) and its weights (B, H, T, S), if any, times the heads' factors.
+
+    The output of a head is linear in its weights, so this is what multiplying these after the softmax gives, with any
+    kernel. A factor's gradient is the importance of its head (Michel et al. 2019, "Are Sixteen Heads Really Better than
+    One?", equation 3, before the absolute value and the mean).
+
+    Args:
+        head_mask: (B or 1, T or 1, H, 1), of `layer_head_masks`.
+    """
+    if head_mask is None:
+        return attn_output, attn_weights
+    if head_mask.shape[2] != attn_output.shape[2]:
+        raise ValueError(
+            f"`head_mask` is of {head_mask.shape[2]} heads, of which this process computes {attn_output.shape[2]}. "
+            "Load the model without tensor parallelism to mask heads."
+        )
+    # Flex attention returns the scores' log-sums (B, H, T) in the place of weights.
+    if attn_weights is not None and attn_weights.ndim == 4:
+        attn_weights = attn_weights * head_mask.transpose(1, 2).to(attn_weights)
+    return attn_output * head_mask.to(attn_output), attn_weights
+
+
+class RepeatsNoHeads:
+    """Mixin of the models that generate: several beams or samples repeat the rows of a batch, but not its layers, which
+    come first in a head mask."""
+
+    def _expand_inputs_for_generation(self, expand_size: int = 1, *args, **kwargs):
+        masks = {name: kwargs.pop(name) for name in HEAD_MASKS if kwargs.get(name) is not None}
+        for name, head_mask in masks.items():
+            if head_mask.ndim == 5 and head_mask.shape[1] > 1:
+                masks[name] = head_mask.repeat_interleave(expand_size, dim=1)
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(expand_size, *args, **kwargs)
+        return input_ids, {**model_kwargs, **masks}
+
+
 # In this file because a model on the Hub brings the files that it imports and runs no other code of the package. Such a
 # copy, perhaps of another version, serves its own models and not those of the package: it has a name of its own.
 for _name in {_NAME, *({"varlen"} - set(ALL_ATTENTION_FUNCTIONS.valid_keys()))}:
     AttentionInterface.register(_name, varlen_attention_forward)
     AttentionMaskInterface.register(_name, sdpa_mask)
 
-__all__ = ["eager_attention_forward", "implementation_for", "upcast_attention", "varlen_attention_forward"]
+__all__ = [
+    "RepeatsNoHeads",
+    "eager_attention_forward",
+    "implementation_for",
+    "layer_head_masks",
+    "mask_heads",
+    "upcast_attention",
+    "varlen_attention_forward",
+]

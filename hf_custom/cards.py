@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .folders import TARGET_TOKENIZER, find_templates
 from .loading import load_config, read_json, stored_tensors
 
 RECORD = "card.json"
@@ -22,21 +23,16 @@ RECORD = "card.json"
 MARK = "<!-- rendered from card.json by hf_custom -->"
 HOST_MARK = "has been automatically generated"
 
-# Beside the package in a wheel, beside it one level up in a checkout.
-_CARDS = next(
-    (
-        path
-        for path in (Path(__file__).parent / "hub_cards", Path(__file__).parent.parent / "hub_cards")
-        if path.is_dir()
-    ),
-    None,
-)
-
 _IMAGE = 'image = Image.new("RGB", (64, 64), "white")  # yours'
+_NEIGHBOURS = "word = reader.convert_ids_to_tokens(0)  # yours\nprint(word, {}.most_similar(word, tokenizer=reader))"
 _GENERATE = "ids = model.generate(**inputs, max_new_tokens=20, do_sample=False)\nprint(reader.decode(ids[0]))"
 # By the kind of head: task on the Hub, and what to do with `model` and `reader`. The first that fits counts.
 TASKS: dict[str, tuple[str, str]] = {
     "GPT2ForCausalLM": ("text-generation", f'inputs = reader("It was", return_tensors="pt")\n{_GENERATE}'),
+    "ElmoForCausalLM": ("text-generation", f'inputs = reader("It was", return_tensors="pt")\n{_GENERATE}'),
+    "ElmoForPreTraining": ("feature-extraction", ""),
+    "Word2VecForPreTraining": ("feature-extraction", _NEIGHBOURS.format("model.word2vec")),
+    "Word2VecModel": ("feature-extraction", _NEIGHBOURS.format("model")),
     "Blip2ForConditionalGeneration": (
         "image-text-to-text",
         f'{_IMAGE}\ninputs = reader(images=image, text="", return_tensors="pt")\n{_GENERATE}',
@@ -49,6 +45,11 @@ TASKS: dict[str, tuple[str, str]] = {
         "image-classification",
         f'{_IMAGE}\nlogits = model(**reader(image, return_tensors="pt")).logits\n'
         "print(model.config.id2label[logits.argmax().item()])",
+    ),
+    "ForSeq2SeqLM": (
+        "translation",
+        'inputs = reader("It was good.", return_tensors="pt")\n'
+        "ids = model.generate(**inputs, max_new_tokens=20)\nprint(writer.decode(ids[0], skip_special_tokens=True))",
     ),
     "ForMultipleChoice": ("multiple-choice", ""),
     "ForSequenceClassification": (
@@ -216,6 +217,10 @@ def snippet(folder: str | Path, repository: str | None = None, revision: str | N
     lines.append("")
     if reader:
         lines.append(f"reader = {reader}.from_pretrained({where}{pin}, trust_remote_code=True)")
+    if "writer." in use and (folder / TARGET_TOKENIZER).is_dir():
+        lines.append(f'writer = AutoTokenizer.from_pretrained({where}{pin}, subfolder="{TARGET_TOKENIZER}")')
+    else:
+        use = use.replace("writer.", "reader.")
     if autos:
         lines.append(f"model = {autos[-1]}.from_pretrained({where}{pin}, trust_remote_code=True)")
     else:
@@ -254,8 +259,7 @@ def render_card(
     Raises:
         OSError, ValueError: when there is no model, no record, or no metrics.
     """
-    if _CARDS is None:
-        raise FileNotFoundError("the folder hub_cards is missing from the installation. Install the package again.")
+    templates = find_templates()
     folder = Path(folder)
     config = load_config(folder)
     record = CardRecord.load(folder)
@@ -292,10 +296,10 @@ def render_card(
     shapes = [torch.Size(shape) for shape, _ in stored_tensors(folder).values()]
     return ModelCard.from_template(
         data,
-        template_path=str(_CARDS / "_template.md"),
+        template_path=str(templates / "_template.md"),
         mark=MARK,
         record=record,
-        prose=(_CARDS / f"{family}.md").read_text(encoding="utf-8").strip(),
+        prose=(templates / f"{family}.md").read_text(encoding="utf-8").strip(),
         class_name=class_name,
         parameters=f"{sum(shape.numel() for shape in shapes):,}",
         metric_names=list(dict.fromkeys(metric for row in record.metrics.values() for metric in row)),

@@ -130,6 +130,29 @@ def check_attention_mask(attention_mask, batch_size: int, length: int, past_key_
             )
 
 
+def check_head_mask(
+    head_mask: torch.Tensor, num_layers: int, num_heads: int, shape: tuple[int, int], name: str = "head_mask"
+) -> None:
+    """Factors of heads are real, one a head or one a head of each layer, or have stock's five axes.
+
+    Args:
+        shape: (B, T) of the queries, which five axes may tell apart.
+        name: of the argument.
+    """
+    remedy = f"Start from `torch.ones({num_layers}, {num_heads})` and set the heads to drop to 0."
+    if not isinstance(head_mask, torch.Tensor) or head_mask.is_complex():
+        found = head_mask.dtype if isinstance(head_mask, torch.Tensor) else type(head_mask).__name__
+        raise TypeError(f"`{name}` is {found}, but a tensor of real numbers is needed: a factor a head. {remedy}")
+    found, axes = tuple(head_mask.shape), (num_layers, shape[0], num_heads, shape[1], 1)
+    is_broadcast = len(found) == 5 and all(size in (1, whole) for size, whole in zip(found, axes, strict=True))
+    if found not in ((num_heads,), (num_layers, num_heads)) and not is_broadcast:
+        raise ValueError(
+            f"`{name}` has shape {found} but {(num_heads,)} or {(num_layers, num_heads)} is needed, a factor for "
+            "each of the `num_attention_heads` heads in each of the `num_hidden_layers` layers, or five axes that "
+            f"broadcast to {axes}. {remedy}"
+        )
+
+
 def check_encoder(encoder_hidden_states: torch.Tensor, encoder_attention_mask, has_cross_attention: bool) -> None:
     """Encoder states (B, S, D) go to a model that reads them, and a 2-D mask of theirs is (B, S)."""
     if not has_cross_attention:
@@ -146,14 +169,16 @@ def check_encoder(encoder_hidden_states: torch.Tensor, encoder_attention_mask, h
             )
 
 
-def check_positions(position_ids: torch.Tensor, num_positions: int, field: str) -> None:
-    """Positions (B, T) index a table of `num_positions` rows."""
+def check_positions(
+    position_ids: torch.Tensor, num_positions: int, field: str, other: str = " or `position_embedding_type='rope'`"
+) -> None:
+    """Positions (B, T) index a table of `num_positions` rows; `other`: what else a model may be trained with."""
     if _can_read(position_ids) and (found := _first_row_outside(position_ids, 0, num_positions)):
         row, value = found
         raise ValueError(
             f"row {row} needs position {value} but `{field}` is {num_positions}: the sequence, cached tokens included, "
             f"is longer than the model's positions. Truncate it to {num_positions} tokens, or train with a larger "
-            f"`{field}` or `position_embedding_type='rope'`."
+            f"`{field}`{other}."
         )
 
 

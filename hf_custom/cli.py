@@ -1,4 +1,4 @@
-"""The command `hf-custom`: push, export, convert, card, inspect and serve models. It parses and calls; no logic."""
+"""The command `hf-custom`: push, export, convert, card, inspect, look and serve. It parses and calls; no logic."""
 
 import argparse
 import os
@@ -17,6 +17,7 @@ from .export import export_to_stock
 from .hub import CARD, SHARD_SIZE, publish
 from .inspection import inspect
 from .loading import fetch, load_model
+from .look import look
 from .serving import serve
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -80,6 +81,19 @@ def _inspect(args: argparse.Namespace) -> None:
     )
 
 
+def _look(args: argparse.Namespace) -> None:
+    page = look(
+        args.model,
+        args.out,
+        args.text,
+        args.image,
+        revision=args.revision,
+        length=args.length,
+        overwrite=args.overwrite,
+    )
+    print(f"written: {page}")
+
+
 def _serve(args: argparse.Namespace) -> None:
     serve(args.model, args.options)
 
@@ -108,7 +122,7 @@ def _convert_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="folder or file to convert")
     parser.add_argument("folder", help="where to write")
     parser.add_argument("--heads", type=int, help="attention heads, where the checkpoint does not say it")
-    parser.add_argument("--tokenizer", help="rank file or folder of a tokenizer to save beside the model")
+    parser.add_argument("--tokenizer", help="to save beside the model: rank file, folder, or vocabulary of an ELMo")
     parser.add_argument("--encoding", choices=sorted(ENCODINGS), help="how a vocabulary of tiktoken splits text")
     parser.add_argument("--overwrite", action="store_true", help="replace what stands there")
 
@@ -127,6 +141,16 @@ def _inspect_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=int, help="tokens a row; else as many as the model has positions")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="type of numbers (%(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where it would run (%(default)s)")
+
+
+def _look_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="folder or repository of the Hub, ours or stock's")
+    parser.add_argument("--text", action="append", help="what it reads; a second one is its pair or the target")
+    parser.add_argument("--image", metavar="FILE", help="picture, for a model that reads images")
+    parser.add_argument("--out", required=True, metavar="FILE", help="page to write, ending in .html")
+    parser.add_argument("--length", type=int, help="tokens to pad the text to, to see the mask of padding")
+    parser.add_argument("--revision", help="commit, tag or branch of the repository")
+    parser.add_argument("--overwrite", action="store_true", help="replace what stands there")
 
 
 def _serve_options(parser: argparse.ArgumentParser) -> None:
@@ -160,11 +184,13 @@ COMMANDS = {
     "convert": Command(
         _convert,
         _convert_options,
-        "Convert OpenAI's GPT-2 release, nanoGPT's ckpt.pt or a tiktoken vocabulary. The format is recognised.",
+        "Convert OpenAI's GPT-2 release, nanoGPT's ckpt.pt, published weights of ELMo or a tiktoken vocabulary. The "
+        "format is recognised.",
         (
             "models/124M runs/gpt2-124m",
             "out-shakespeare/ckpt.pt runs/shakespeare --tokenizer gpt2-tokenizer/",
             "cl100k_base.tiktoken runs/tokenizer",
+            "elmo_2x4096_512 runs/elmo --tokenizer vocab.txt",
         ),
     ),
     "card": Command(
@@ -178,6 +204,15 @@ COMMANDS = {
         _inspect_options,
         "Show configuration, parameters and the memory that inference and training need. No weight is loaded.",
         ("gpt2", "runs/quickstart/model --batch-size 8 --length 256 --dtype bfloat16"),
+    ),
+    "look": Command(
+        _look,
+        _look_options,
+        "Show a model at work on a page: tokens, embeddings, attention, what each layer predicts. It needs no network.",
+        (
+            "runs/quickstart/model --text import --out page.html",
+            "runs/blip2_digits_2 --image seven.png --text a --out page.html --overwrite",
+        ),
     ),
     "serve": Command(
         _serve,

@@ -82,6 +82,22 @@ class CustomBertConfig(CustomConfig):
     loss_chunk_size: int | None = None
     vision_config: dict | PreTrainedConfig | None = None
 
+    base_model_pp_plan = {
+        "embeddings": (["input_ids"], ["hidden_states"]),
+        "encoder": (["hidden_states", "attention_mask"], ["hidden_states"]),
+    }
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """How tensor parallelism divides the layers."""
+        plan = {"intermediate.dense": "colwise", "output.dense": "rowwise"}
+        for attention in ("attention", "crossattention") if self.add_cross_attention else ("attention",):
+            plan |= {f"{attention}.self.{name}": "colwise" for name in ("query", "key", "value")}
+            plan[f"{attention}.output.dense"] = "rowwise"
+        if self.position_embedding_type.startswith("relative"):
+            plan["attention.self.distance_embedding"] = "whole_table"
+        return {f"encoder.layer.*.{name}": style for name, style in plan.items()}
+
     @property
     def classifier_dropout_prob(self) -> float:
         """Dropout before a classifier."""

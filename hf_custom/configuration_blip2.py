@@ -56,6 +56,13 @@ class CustomBlip2VisionConfig(CustomConfig):
     qkv_bias: bool = True
 
     @property
+    def base_model_tp_plan(self) -> dict[str, str] | None:
+        """How tensor parallelism divides the layers, where there are any."""
+        plan = {"self_attn.qkv": "fused_qkv_colwise", "self_attn.projection": "rowwise"}
+        plan |= {"mlp.fc1": "colwise", "mlp.fc2": "rowwise"}
+        return {f"encoder.layers.*.{name}": style for name, style in plan.items()} if self.num_hidden_layers else None
+
+    @property
     def image_shape(self) -> tuple[int, int]:
         """Height and width in pixels."""
         return _pair(self.image_size)
@@ -130,6 +137,17 @@ class CustomBlip2QFormerConfig(CustomConfig):
     use_qformer_text_input: bool = False
 
     bos_token_id: int | None = None
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """How tensor parallelism divides the layers."""
+        plan = {}
+        for attention in ("attention", "crossattention"):
+            plan |= {f"{attention}.attention.{name}": "colwise" for name in ("query", "key", "value")}
+            plan[f"{attention}.output.dense"] = "rowwise"
+        for kind in ("_query", "") if self.use_qformer_text_input else ("_query",):
+            plan |= {f"intermediate{kind}.dense": "colwise", f"output{kind}.dense": "rowwise"}
+        return {f"encoder.layer.*.{name}": style for name, style in plan.items()}
 
     def validate_architecture(self):
         super().validate_architecture()

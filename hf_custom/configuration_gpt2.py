@@ -27,6 +27,8 @@ class CustomGPT2Config(CustomConfig):
         classifier_dropout: dropout before the token classifier.
         loss_chunk_size: tokens whose logits are in memory together while the training loss is computed; `None` chooses
             by device. The loss is the same for all.
+        projection_layout: how the blocks' projections hold their weights in memory: `conv1d` as stock's, (in, out), or
+            `linear`, (out, in) in an `nn.Linear`, which tensor parallelism needs. Files are the same for both.
     """
 
     model_type = "custom_gpt2"
@@ -42,6 +44,7 @@ class CustomGPT2Config(CustomConfig):
     stock_model_types: ClassVar = ("gpt2", "gpt-sw3")
     choices: ClassVar = {
         "position_embedding_type": ("learned", "sinusoidal", "rope"),
+        "projection_layout": ("conv1d", "linear"),
         "summary_type": ("cls_index", "last", "first", "mean", "attn"),
     }
     probabilities: ClassVar = (
@@ -95,6 +98,25 @@ class CustomGPT2Config(CustomConfig):
     rope_theta: float | int = 10000.0
     classifier_dropout: float | int = 0.1
     loss_chunk_size: int | None = None
+    projection_layout: str = "conv1d"
+
+    base_model_pp_plan = {
+        "wte": (["input_ids"], ["inputs_embeds"]),
+        "h": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "ln_f": (["hidden_states"], ["hidden_states"]),
+    }
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str] | None:
+        """How tensor parallelism divides the blocks, where their layout allows it."""
+        if self.projection_layout != "linear":
+            return None
+        plan = {"attn.c_attn": "fused_qkv_colwise", "attn.c_proj": "rowwise"}
+        if self.add_cross_attention:
+            plan |= {"crossattention.q_attn": "colwise", "crossattention.c_attn": "fused_kv_colwise"}
+            plan |= {"crossattention.c_proj": "rowwise"}
+        plan |= {"mlp.c_fc": "colwise", "mlp.c_proj": "rowwise"}
+        return {f"h.*.{name}": style for name, style in plan.items()}
 
     def validate_architecture(self):
         super().validate_architecture()

@@ -1,8 +1,8 @@
-"""From the formats in which GPT-2 models and vocabularies were published to folders of this package.
+"""From the formats in which GPT-2 models, ELMo and vocabularies were published to folders of this package.
 
-Read are OpenAI's release of GPT-2 (a TensorFlow checkpoint, without TensorFlow), the `ckpt.pt` of nanoGPT and the rank
-files of tiktoken. Everything that a file says of itself (offsets, sizes, shapes, names) is checked before memory is
-taken for it, and nothing in it is executed.
+Read are OpenAI's release of GPT-2 (a TensorFlow checkpoint, without TensorFlow), the `ckpt.pt` of nanoGPT, the rank
+files of tiktoken and, by `elmo_weights`, the weights of ELMo. Everything that a file says of itself (offsets, sizes,
+shapes, names) is checked before memory is taken for it, and nothing in it is executed.
 """
 
 import base64
@@ -20,6 +20,7 @@ from transformers.convert_slow_tokenizer import TikTokenConverter, bytes_to_unic
 
 from .configuration_base import SIZE_LIMITS
 from .configuration_gpt2 import CustomGPT2Config
+from .elmo_weights import convert_elmo, is_elmo
 from .folders import whole_folder
 from .modeling_gpt2 import CustomGPT2ForCausalLM
 from .tensor_bundle import TensorBundle, read_bytes
@@ -123,10 +124,10 @@ def convert(
 
     Args:
         source: a folder with OpenAI's checkpoint, one with `encoder.json` and `vocab.bpe` alone, nanoGPT's `ckpt.pt` or
-            a folder that holds it, or a rank file of tiktoken.
+            a folder that holds it, a rank file of tiktoken, or a folder with ELMo's options and weights.
         folder: where the result shall stand; it appears whole or not at all.
         n_head: number of attention heads, for a checkpoint that does not say it: the weights do not tell.
-        tokenizer: of a model, saved beside it: a rank file, or a folder with a tokenizer.
+        tokenizer: of a model, saved beside it: a rank file, or a folder with a tokenizer; of an ELMo, its vocabulary.
         overwrite: replace what stands in `folder`.
 
     Raises:
@@ -627,6 +628,12 @@ def _convert_openai_vocabulary(source, folder, *, overwrite=False):
 
 
 FORMATS = (
+    Format(
+        "a folder with `options.json` and `lm_weights.hdf5` (bilm-tf, as ELMo was published)",
+        is_elmo,
+        convert_elmo,
+        is_model=True,
+    ),
     Format(
         "a folder with `checkpoint` or `*.index` (TensorFlow, as OpenAI published GPT-2)",
         lambda source: source.is_dir() and (_has(source, "checkpoint") or any(source.glob("*.index"))),

@@ -54,11 +54,20 @@ STOCK_CLASSES = {
 }
 
 _WITH_CODE = "Save it with its code by `save_pretrained`"
+_AS_VECTORS = f"{_WITH_CODE}, or write its vectors in word2vec's formats with `python -m training.word_vectors export`."
 # What to do with the classes that stock has none for.
 WITHOUT_STOCK = {
     "CustomBertForVisualQuestionAnswering": f"{_WITH_CODE}.",
     "CustomBertForImageTextRetrieval": f"{_WITH_CODE}.",
     "CustomBlip2VisionForImageClassification": f"{_WITH_CODE}, or export its tower, `model.vision_model`.",
+    "CustomTransformerModel": f"{_WITH_CODE}.",
+    "CustomTransformerForSeq2SeqLM": f"{_WITH_CODE}.",
+    "CustomElmoModel": f"{_WITH_CODE}.",
+    "CustomElmoForPreTraining": f"{_WITH_CODE}.",
+    "CustomElmoForCausalLM": f"{_WITH_CODE}.",
+    "CustomElmoForTokenClassification": f"{_WITH_CODE}.",
+    "CustomWord2VecModel": _AS_VECTORS,
+    "CustomWord2VecForPreTraining": _AS_VECTORS,
     "CustomBlip2ForPreTraining": (
         f"{_WITH_CODE}, then load that folder as CustomBlip2ForImageTextRetrieval, which has a stock class and leaves "
         "out the head that writes."
@@ -90,7 +99,7 @@ FAMILIES = {
     "custom_gpt2": StockFamily(
         GPT2Config,
         only={"position_embedding_type": "learned"},
-        dropped=("position_embedding_type", "rope_theta", "loss_chunk_size"),
+        dropped=("position_embedding_type", "rope_theta", "loss_chunk_size", "projection_layout"),
         undeclared={"classifier_dropout": 0.1, "summary_last_dropout": 0.0},
     ),
     "custom_bert": StockFamily(

@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all."""
+"""A folder that appears whole or not at all, and that of the templates."""
 
 import os
 import shutil
@@ -6,6 +6,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+# In a model's folder, that of the tokenizer of targets which have a vocabulary of their own.
+TARGET_TOKENIZER = "target_tokenizer"
 
 
 @contextmanager
@@ -40,4 +43,17 @@ def whole_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
         raise
 
 
-__all__ = ["whole_folder"]
+def find_templates() -> Path:
+    """The folder `hub_cards` of templates and prose: in the package in a wheel, beside it in a checkout.
+
+    Raises:
+        FileNotFoundError: when the installation lacks it.
+    """
+    package = Path(__file__).parent
+    for folder in (package / "hub_cards", package.parent / "hub_cards"):
+        if folder.is_dir():
+            return folder
+    raise FileNotFoundError("the folder hub_cards is missing from the installation. Install the package again.")
+
+
+__all__ = ["TARGET_TOKENIZER", "find_templates", "whole_folder"]

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .cards import HOST_MARK, MARK, RECORD, CardRecord, render_card
-from .folders import whole_folder
+from .folders import TARGET_TOKENIZER, whole_folder
 from .loading import check_safetensors, read_json, weight_files
 
 logger = logging.get_logger(__name__)
@@ -178,21 +178,25 @@ def plan_upload(folder: str | Path, tokens: tuple[str, ...] = ()) -> UploadPlan:
     weights = {file.name for file in weight_files(folder)} if not (folder / "adapter_config.json").is_file() else None
     read_json(folder / ("config.json" if weights is not None else "adapter_config.json"))
     plan = UploadPlan(folder)
-    for file in sorted(folder.iterdir()):
-        kind = None if file.is_dir() else _kind(file.name)
+    for file in sorted((*folder.iterdir(), *folder.glob(f"{TARGET_TOKENIZER}/*"))):
+        if file.is_dir() and file.name == TARGET_TOKENIZER:
+            continue
+        name, kind = file.relative_to(folder).as_posix(), None if file.is_dir() else _kind(file.name)
+        if file.parent != folder and kind != "tokenizer":
+            kind = None
         # Shards that no index names are leftovers of another save.
         is_leftover = file.suffix == ".safetensors" and weights is not None and file.name not in weights
         if kind is None or is_leftover:
-            plan.left_out.append(f"{file.name}/" if file.is_dir() else file.name)
+            plan.left_out.append(f"{name}/" if file.is_dir() else name)
             continue
-        if file.resolve().parent != folder.resolve():
+        if file.resolve().parent != folder.resolve() / Path(name).parent:
             raise ValueError(f"{file} is a link to {file.resolve()}, outside the folder. Copy the file, or remove it.")
         _check_content(file)
         if (owner := find_secret(_text_to_scan(file), tokens)) is not None:
             raise ValueError(f"{file} holds what looks like {owner}. Remove it, and revoke it if it was ever pushed.")
         if (size := file.stat().st_size) > MAX_FILE_BYTES:
             raise ValueError(f"{file} has {size:,} bytes, but the Hub takes 50 GB a file. Save with `max_shard_size`.")
-        plan.files.append((file.name, kind, size))
+        plan.files.append((name, kind, size))
     return plan
 
 

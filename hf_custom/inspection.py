@@ -88,6 +88,9 @@ class Stack:
 
 def _stack_of(config: PreTrainedConfig) -> Stack:
     width, heads = config.hidden_size, config.num_attention_heads
+    if config.model_type == "custom_elmo":
+        # Four gates a unit.
+        return Stack(config.num_hidden_layers, config.direction_size, 4 * config.cell_size, heads, width, 1)
     if config.model_type == "t5":
         return Stack(config.num_decoder_layers, width, config.d_ff, heads, heads * config.d_kv, 1)
     # Each family has its name for the feed-forward layer's width: GPT-2's `None` means four times the width.
@@ -168,8 +171,9 @@ def memory_table(
 
     Inference:
         weights: parameters and buffers, tied ones once, each times s; 4 for what the class keeps in float32.
+        state of an LSTM: L · B · (D + units) · s, whatever T is.
         cache: 2 · L · B · T · D · s, keys and values of T tokens (Pope et al. 2022, "Efficiently Scaling Transformer
-            Inference", section 2).
+            Inference", section 2); of an encoder-decoder twice as many, of T tokens of the source too.
         logits: B · V · s of a language model that writes, one position a sequence; of another head its whole output.
         largest activation: N · max(3 · D, I) · s where one projection makes queries, keys and values, N · max(D, I) · s
             where three do. Texts are read at once, and attention holds no matrix of scores.
@@ -195,6 +199,8 @@ def memory_table(
     longest = _longest(config)
     length = longest if length is None else length
     _check_sizes(config, batch_size, length, device)
+    if config.model_type == "custom_word2vec":
+        return _word_vector_rows(model, batch_size * length, dtype)
     inference = _inference_rows(model, batch_size, length, dtype)
     rows = [*inference, MemoryRow(INFERENCE, "all", _sum(inference))]
     for use in (FLOAT32, BFLOAT16):
@@ -242,6 +248,15 @@ def _inference_rows(model, batch_size, length, dtype):
         stack = _stack_of(text)
         cache = 2 * stack.layers * batch_size * length * stack.key_width * size
         rows.append(MemoryRow(INFERENCE, "cache of keys and values", cache, f"{length} tokens a sequence"))
+    elif model.can_generate() and config.model_type == "custom_transformer":
+        # Of the target, and of the source that every layer of the decoder attends to.
+        cache = 2 * config.decoder_layers * batch_size * 2 * length * config.d_model * size
+        rows.append(
+            MemoryRow(INFERENCE, "cache of keys and values", cache, f"{length} tokens a source and as many a target")
+        )
+    elif model.can_generate() and config.model_type == "custom_elmo":
+        state = batch_size * config.num_hidden_layers * (config.direction_size + config.cell_size) * size
+        rows.append(MemoryRow(INFERENCE, "state", state, "after any number of tokens"))
     elif model.can_generate():
         rows.append(MemoryRow(INFERENCE, "cache of keys and values", None, "no formula for an encoder-decoder"))
     rows.append(MemoryRow(INFERENCE, "logits", _logits(model, batch_size, length) * size))
@@ -250,6 +265,21 @@ def _inference_rows(model, batch_size, length, dtype):
         for tokens, stack in _stacks(config, batch_size, length)
     )
     return [*rows, MemoryRow(INFERENCE, "largest activation", widest)]
+
+
+def _word_vector_rows(model, tokens, dtype):
+    """Of tables of vectors, which have no layers and are updated in place, without gradients."""
+    weights, note = _weight_bytes(model, dtype), "updated in place, without gradients"
+    activation = tokens * model.config.hidden_size * dtype.itemsize
+    trained = _weight_bytes(model, torch.float32)
+    return [
+        MemoryRow(INFERENCE, "weights", weights),
+        MemoryRow(INFERENCE, "largest activation", activation),
+        MemoryRow(INFERENCE, "all", weights + activation),
+        MemoryRow(FLOAT32, "weights", trained, note),
+        MemoryRow(FLOAT32, "all", trained, "and some megabytes of updates"),
+        MemoryRow(BFLOAT16, "all", None, "word2vec trains in float32"),
+    ]
 
 
 def _is_decoder_only(text):
@@ -283,6 +313,10 @@ def _logits(model, batch_size, length):
 def _stacks(config, batch_size, length):
     """The stacks of a model, each with the tokens that go through it."""
     parts = [getattr(config, name, None) for name in ("vision_config", "qformer_config", "text_config")]
+    if config.model_type == "custom_transformer":
+        width, tokens = config.d_model, batch_size * length
+        decoder = Stack(config.decoder_layers, width, config.decoder_ffn_dim, config.decoder_attention_heads, width, 1)
+        return [(tokens, _stack_of(config)), (tokens, decoder)]
     if not any(parts):
         return [(batch_size * length, _stack_of(config))]
     patches = 1 + prod(parts[0].grid)

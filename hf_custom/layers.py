@@ -6,6 +6,9 @@ import torch
 from torch import nn
 from transformers import pytorch_utils
 from transformers.activations import ACT2FN
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from .dropout import Dropout
 from .matmul import affine, has_hooks, is_plain_linear, linear, project, times, times_transposed
@@ -30,6 +33,103 @@ class Conv1D(pytorch_utils.Conv1D):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return affine(x.reshape(-1, self.nx), self.weight, self.bias).view(*x.shape[:-1], self.nf)
+
+
+class Linear(nn.Linear):
+    """The same map with its weight stored (out, in), which tensor parallelism and more quantizers can take.
+
+    In a state dict, and so in every file, the weight is (in, out) nevertheless: one and the same for both layouts.
+
+    Args:
+        nf, nx, is_residual_projection: as of `Conv1D`.
+    """
+
+    def __init__(self, nf: int, nx: int, is_residual_projection: bool = False):
+        super().__init__(nx, nf)
+        self.is_residual_projection = is_residual_projection
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if type(self.weight) not in (torch.Tensor, nn.Parameter):
+            return super().forward(x)
+        rows = linear(x.reshape(-1, x.shape[-1]), self.weight, self.bias)
+        return rows.view(*x.shape[:-1], rows.shape[-1])
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if (name := f"{prefix}weight") in destination:
+            destination[name] = destination[name].t()
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        if (name := f"{prefix}weight") in state_dict:
+            # A copy, because `contiguous` leaves the strides of a shard (DTensor) as they are.
+            weight = state_dict[name].t().clone(memory_format=torch.contiguous_format)
+            state_dict = {**state_dict, name: weight}
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+PROJECTIONS = {"conv1d": Conv1D, "linear": Linear}
+
+
+def get_projection(config, nf: int, nx: int, is_residual_projection: bool = False) -> Conv1D | Linear:
+    """An affine map of a block in the layout that `config.projection_layout` names: (..., nx) -> (..., nf)."""
+    return PROJECTIONS[config.projection_layout](nf, nx, is_residual_projection)
+
+
+class FromConv1D(ConversionOps):
+    """The weight of a file, (in, out), as a `Linear` holds it; `from_pretrained` sets parameters past the state dict.
+
+    Nothing is to reverse in saving, because the state dict is in the file's layout. Neither is anything in a weight
+    that was quantized before it was saved.
+    """
+
+    def convert(self, input_dict, model, full_layer_name, **kwargs):
+        module = model.get_submodule(full_layer_name.rpartition(".")[0])
+        found = {}
+        for name, tensors in input_dict.items():
+            weight = tensors[0] if isinstance(tensors, list) else tensors
+            is_stored = isinstance(module, nn.Linear) and weight.ndim == 2 and weight.is_floating_point()
+            found[name] = weight.t().contiguous() if is_stored else weight
+        return found
+
+    @property
+    def reverse_op(self):
+        return _AsSaved()
+
+
+class _AsSaved(ConversionOps):
+    def convert(self, input_dict, **kwargs):
+        return input_dict
+
+    @property
+    def reverse_op(self):
+        return FromConv1D()
+
+
+def convert_on_load(model_type: str, names: tuple[str, ...]) -> None:
+    """Let the host transpose the weights of these layers in models of a type, where they are `Linear`.
+
+    Raises:
+        ValueError: under DeepSpeed's ZeRO stage 3, which gathers weights to save without asking for the state dict.
+    """
+    if is_deepspeed_zero3_enabled():
+        raise ValueError(
+            "DeepSpeed's ZeRO stage 3 would save the weights of `projection_layout='linear'` transposed. Set "
+            "`projection_layout='conv1d'`, or divide the model by tensor parallelism instead."
+        )
+    known = get_checkpoint_conversion_mapping(model_type) or []
+    has_ours = any(
+        type(op).__name__ == FromConv1D.__name__ for entry in known for op in getattr(entry, "operations", ())
+    )
+    if not has_ours:
+        ours = [WeightConverter(f"{name}.weight", f"{name}.weight", [FromConv1D()]) for name in names]
+        register_checkpoint_conversion_mapping(model_type, [*known, *ours], overwrite=True)
+
+
+class Table(nn.Embedding):
+    """An embedding that is read whole, where each reader looks up rows by itself: (N, D)."""
+
+    def forward(self) -> torch.Tensor:
+        return self.weight
 
 
 class _ActivatedAffine(torch.autograd.Function):
@@ -68,9 +168,9 @@ class _ActivatedAffine(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None, None
 
 
-def _is_plain_conv1d(module):
-    """Whether calling `module` is the map of a Conv1D and nothing else."""
-    is_whole = type(module) is Conv1D and type(module.weight) in (torch.Tensor, nn.Parameter)
+def _is_plain(module, layout):
+    """Whether calling `module` is the map of a projection in this layout and nothing else."""
+    is_whole = type(module) is layout and type(module.weight) in (torch.Tensor, nn.Parameter)
     return is_whole and "forward" not in vars(module) and not has_hooks(module)
 
 
@@ -79,9 +179,9 @@ def project_activated(act: nn.Module, x: torch.Tensor, projection: nn.Module) ->
 
     At four times the hidden size it is the largest tensor of a block, and the cheapest to compute again.
     """
-    is_linear = is_plain_linear(projection)
+    is_linear = is_plain_linear(projection) or _is_plain(projection, Linear)
     is_plain = not ("forward" in vars(act) or has_hooks(act) or next(act.parameters(), None) is not None)
-    if not is_plain or not (is_linear or _is_plain_conv1d(projection)) or not torch.is_grad_enabled() or is_traced():
+    if not is_plain or not (is_linear or _is_plain(projection, Conv1D)) or not torch.is_grad_enabled() or is_traced():
         return project(projection, act(x))
     rows = _ActivatedAffine.apply(x.reshape(-1, x.shape[-1]), projection.weight, projection.bias, act, is_linear)
     return rows.view(*x.shape[:-1], -1)
@@ -153,4 +253,15 @@ class SequenceSummary(nn.Module):
         return self.last_dropout(self.activation(self.summary(self.first_dropout(output))))
 
 
-__all__ = ["Conv1D", "SequenceSummary", "get_activation", "project_activated"]
+__all__ = [
+    "Conv1D",
+    "FromConv1D",
+    "Linear",
+    "PROJECTIONS",
+    "SequenceSummary",
+    "Table",
+    "convert_on_load",
+    "get_activation",
+    "get_projection",
+    "project_activated",
+]

@@ -244,4 +244,20 @@ def _columns_of(targets, first, last):
     return (targets - first) * is_inside, is_inside
 
 
-__all__ = ["linear_cross_entropy", "next_token_labels", "sequence_classification_loss"]
+def negative_sampling_loss(
+    positive: torch.Tensor, negative: torch.Tensor, negative_weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """-Σ log σ(positive) - Σ weight · log σ(-negative) (Mikolov et al. 2013b, equation 4), over all entries.
+
+    Args:
+        positive: (P,) scores of words that were there.
+        negative: (P, K) scores of noise.
+        negative_weights: (P, K), how much each counts.
+    """
+    noise = nn.functional.logsigmoid(-negative)
+    if negative_weights is not None:
+        noise = noise * negative_weights
+    return -nn.functional.logsigmoid(positive).sum() - noise.sum()
+
+
+__all__ = ["linear_cross_entropy", "negative_sampling_loss", "next_token_labels", "sequence_classification_loss"]

@@ -8,7 +8,7 @@ stream (Kim et al. 2021, "ViLT"), told apart by a modality embedding.
 Where it differs from stock: padding is not computed; positions begin at each row's first real token, so left padding
 needs no care, and the pooler reads that token; positions may be sinusoidal, rotary or relative, with every attention
 implementation but the flash kernels for the last; the masked-LM head reads labelled positions alone; every loss honours
-`num_items_in_batch`; bad input is refused by name.
+`num_items_in_batch`; heads can be masked; bad input is refused by name.
 """
 
 from collections.abc import Callable
@@ -35,7 +35,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .attention import eager_attention_forward, implementation_for
+from .attention import eager_attention_forward, implementation_for, layer_head_masks, mask_heads
 from .checks import (
     OwnShardsOnly,
     check_attention_mask,
@@ -47,7 +47,7 @@ from .checks import (
 )
 from .configuration_bert import CustomBertConfig
 from .dropout import Dropout
-from .layers import get_activation, project_activated
+from .layers import Table, get_activation, project_activated
 from .matmul import project
 from .modeling_blip2_vision import CustomBlip2VisionModel
 from .ops import (
@@ -61,6 +61,7 @@ from .ops import (
     split_heads,
 )
 from .packing import choose_packing
+from .parallel import Divisible
 
 if TYPE_CHECKING:
     # Never run: the host ships the files that it reads here, and a model on the Hub should bring its heads.
@@ -134,7 +135,7 @@ class CustomBertMultiHeadAttention(nn.Module):
         self.dropout = Dropout(config.attention_probs_dropout_prob)
         self.is_relative = not is_cross_attention and config.position_embedding_type.startswith("relative")
         if self.is_relative:
-            self.distance_embedding = nn.Embedding(2 * config.max_position_embeddings - 1, self.head_dim)
+            self.distance_embedding = Table(2 * config.max_position_embeddings - 1, self.head_dim)
 
     def forward(
         self,
@@ -143,6 +144,7 @@ class CustomBertMultiHeadAttention(nn.Module):
         encoder_hidden_states: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        head_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         query = split_heads(project(self.query, hidden_states), self.head_dim)  # (B, H, T, K)
@@ -174,6 +176,7 @@ class CustomBertMultiHeadAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
+        attn_output, attn_weights = mask_heads(attn_output, attn_weights, head_mask)
         return merge_heads(attn_output), attn_weights
 
     def _key_value(self, states):
@@ -198,7 +201,7 @@ class CustomBertMultiHeadAttention(nn.Module):
             columns: (T,), of the queries among the cached tokens; `None` without a cache.
         """
         has_key_term = self.config.position_embedding_type == "relative_key_query"
-        options = {"distances": self.distance_embedding.weight, "has_key_term": has_key_term, "scaling": self.scaling}
+        options = {"distances": self.distance_embedding(), "has_key_term": has_key_term, "scaling": self.scaling}
         if cu_seq_lens_q is not None:
             return partial(relative_position_scores, **options)
         query_positions = key_positions = position_ids
@@ -279,11 +282,14 @@ class CustomBertLayer(GradientCheckpointingLayer):
         attention_mask: torch.Tensor | None = None,
         encoder_hidden_states: torch.Tensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
+        head_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         encoder_lengths: dict | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        hidden_states = self.attention(hidden_states, attention_mask, past_key_values=past_key_values, **kwargs)
+        hidden_states = self.attention(
+            hidden_states, attention_mask, past_key_values=past_key_values, head_mask=head_mask, **kwargs
+        )
         if encoder_hidden_states is not None:
             # Without the other keywords: they describe the decoder's sequence, not the encoder's.
             hidden_states = self.crossattention(
@@ -291,6 +297,7 @@ class CustomBertLayer(GradientCheckpointingLayer):
                 encoder_attention_mask,
                 encoder_hidden_states,
                 past_key_values=past_key_values,
+                head_mask=head_mask,
                 **(encoder_lengths or {}),
             )
         if self.chunk_size_feed_forward:
@@ -310,10 +317,10 @@ class CustomBertEncoder(nn.Module):
         super().__init__()
         self.layer = nn.ModuleList([CustomBertLayer(config, layer_idx=i) for i in range(config.num_hidden_layers)])
 
-    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        for layer in self.layer:
+    def forward(self, hidden_states: torch.Tensor, *args, head_masks: tuple, **kwargs) -> torch.Tensor:
+        for layer, head_mask in zip(self.layer, head_masks, strict=True):
             # Tensors that may need a gradient are positional, where checkpointing looks for them.
-            hidden_states = layer(hidden_states, *args, **kwargs)
+            hidden_states = layer(hidden_states, *args, head_mask, **kwargs)
         return hidden_states
 
 
@@ -333,7 +340,7 @@ class CustomBertPooler(nn.Module):
         return self.activation(self.dense(first_token))
 
 
-class CustomBertPreTrainedModel(OwnShardsOnly, PreTrainedModel):
+class CustomBertPreTrainedModel(Divisible, OwnShardsOnly, PreTrainedModel):
     """What every BERT class declares to the host, how weights start, and what the heads share."""
 
     config: CustomBertConfig
@@ -401,6 +408,7 @@ class CustomBertModel(CustomBertPreTrainedModel):
         use_cache: bool | None = None,
         pixel_values: torch.FloatTensor | None = None,
         interpolate_pos_encoding: bool = False,
+        head_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
         """Compute the last hidden state (B, T, D), or (B, T + P, D) with the patches of images behind the text.
@@ -419,6 +427,7 @@ class CustomBertModel(CustomBertPreTrainedModel):
             encoder_attention_mask: (B, S').
             pixel_values: (B, 3, height, width), an image a row, for a model with `vision_config`.
             interpolate_pos_encoding: take images of another size than the configuration's.
+            head_mask: (H,) or (L, H), factors of the heads, 0 to drop one; or stock's five axes (`layer_head_masks`).
         """
         config = self.config
         shape = self._check_inputs(input_ids, inputs_embeds, token_type_ids, attention_mask, past_key_values)
@@ -440,6 +449,7 @@ class CustomBertModel(CustomBertPreTrainedModel):
             # Patches have positions of their own; only distances reach from them to the text.
             looked_up = position_ids[:, : shape[1]] if config.position_embedding_type == "absolute" else position_ids
             check_positions(looked_up, config.max_position_embeddings, "max_position_embeddings")
+        kwargs["head_masks"] = layer_head_masks(head_mask, self.encoder.layer, config, tokens.shape[:2], packing)
         encoder_lengths = None
         if config.vision_config is not None:
             # Text and patches are joined before padding is left out.

@@ -22,6 +22,7 @@ from transformers.modeling_outputs import (
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
+from .attention import RepeatsNoHeads
 from .checks import (
     check_answer_positions,
     check_labels,
@@ -293,7 +294,7 @@ class CustomBertForMaskedLM(CustomBertPreTrainedHead):
         )
 
 
-class CustomBertForCausalLM(CustomBertPreTrainedHead, GenerationMixin):
+class CustomBertForCausalLM(RepeatsNoHeads, CustomBertPreTrainedHead, GenerationMixin):
     """Language model, for `is_decoder`: the next token's logits."""
 
     _tied_weights_keys = {
@@ -325,6 +326,7 @@ class CustomBertForCausalLM(CustomBertPreTrainedHead, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         return_logits: bool | None = None,
+        head_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithCrossAttentions:
         """Compute logits (B, T, V) and, given `labels`, the loss of predicting each token from those before it.
@@ -350,6 +352,7 @@ class CustomBertForCausalLM(CustomBertPreTrainedHead, GenerationMixin):
             encoder_attention_mask=encoder_attention_mask,
             past_key_values=past_key_values,
             use_cache=use_cache,
+            head_mask=head_mask,
             **kwargs,
         )
         logits, loss = self._logits_and_loss(outputs.last_hidden_state, labels, logits_to_keep, return_logits, kwargs)

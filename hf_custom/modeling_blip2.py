@@ -32,6 +32,7 @@ from .modeling_blip2_qformer import CustomBlip2QFormerModel
 from .modeling_blip2_vision import CustomBlip2VisionModel
 from .modeling_gpt2 import CustomGPT2ForCausalLM
 from .ops import positions_from_mask
+from .parallel import Divisible
 
 if TYPE_CHECKING:
     # Never run: the host ships the files that it reads here, and a model on the Hub should bring both stages.
@@ -46,7 +47,7 @@ def make_language_model(config) -> PreTrainedModel:
     return auto_class.from_config(config)
 
 
-class CustomBlip2PreTrainedModel(OwnShardsOnly, PreTrainedModel):
+class CustomBlip2PreTrainedModel(Divisible, OwnShardsOnly, PreTrainedModel):
     """What every BLIP-2 class declares to the host, how weights start, what is frozen, and how images are read."""
 
     config: CustomBlip2Config
@@ -240,8 +241,14 @@ class CustomBlip2Model(CustomBlip2PreTrainedModel):
             mm_encoder_outputs: `image` from `get_image_features`, instead of images.
             vision_hidden_states: (B, 1 + P, D'), the vision tower's `last_hidden_state`, instead of images.
             return_logits: compute logits at all. Training with labels does not unless told to: the loss needs none.
+            kwargs: reach the language model; `head_mask` one of ours.
         """
         shape = input_shape(input_ids, inputs_embeds)
+        if kwargs.get("head_mask") is not None and not isinstance(self.language_model, CustomGPT2ForCausalLM):
+            raise ValueError(
+                f"`head_mask` is for the language model, but {type(self.language_model).__name__} would not read it. "
+                "Leave it out, or use a language model of type 'custom_gpt2'."
+            )
         features = (mm_encoder_outputs or {}).get("image")
         if features is None:
             features = self.get_image_features(

@@ -24,7 +24,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .attention import eager_attention_forward, implementation_for
+from .attention import eager_attention_forward, implementation_for, layer_head_masks, mask_heads
 from .checks import OwnShardsOnly, check_attention_mask, check_encoder, check_ids, check_positions
 from .configuration_blip2 import CustomBlip2QFormerConfig
 from .dropout import Dropout
@@ -33,6 +33,7 @@ from .modeling_bert import CustomBertIntermediate, CustomBertOutput, CustomBertS
 from .ops import first_attended, is_traced, merge_heads, split_heads
 from .outputs import QFormerOutput
 from .packing import TAKE_LENGTHS, Packing
+from .parallel import Divisible
 
 # What queries and text see of each other: all; nothing; the text sees the queries and its own past, the queries see
 # themselves (figure 2).
@@ -168,6 +169,7 @@ class CustomBlip2QFormerMultiHeadAttention(nn.Module):
         value: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         packing: TextPacking | None = None,
+        head_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         query = split_heads(project(self.query, hidden_states), self.head_dim)  # (B, H, T, K)
@@ -193,6 +195,7 @@ class CustomBlip2QFormerMultiHeadAttention(nn.Module):
         )
         if packing is not None:
             attn_output = packing.apart(attn_output)
+        attn_output, attn_weights = mask_heads(attn_output, attn_weights, head_mask)
         return merge_heads(attn_output), attn_weights
 
     def key_value(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -255,6 +258,7 @@ class CustomBlip2QFormerLayer(GradientCheckpointingLayer):
         image_key: torch.Tensor | None = None,
         image_value: torch.Tensor | None = None,
         image_mask: torch.Tensor | None = None,
+        head_mask: torch.Tensor | None = None,
         query_length: int = 0,
         packing: TextPacking | None = None,
         past_key_values: Cache | None = None,
@@ -272,6 +276,7 @@ class CustomBlip2QFormerLayer(GradientCheckpointingLayer):
             attention_mask,
             past_key_values=past_key_values,
             packing=packing,
+            head_mask=head_mask,
             **(self_attention_arguments or {}),
             **kwargs,
         )
@@ -281,7 +286,8 @@ class CustomBlip2QFormerLayer(GradientCheckpointingLayer):
             queries = hidden_states[:, :num_queries]
             if self.has_cross_attention:
                 rows = queries if packing is None else queries.view(-1, query_length, queries.shape[-1])
-                queries = self.crossattention(rows, image_mask, image_key, image_value, **kwargs).view(queries.shape)
+                image = (image_mask, image_key, image_value)
+                queries = self.crossattention(rows, *image, head_mask=head_mask, **kwargs).view(queries.shape)
             outputs.append(self._in_chunks(queries, self.intermediate_query, self.output_query))
         if num_queries < hidden_states.shape[1]:
             outputs.append(self._in_chunks(hidden_states[:, num_queries:], self.intermediate, self.output))
@@ -302,15 +308,18 @@ class CustomBlip2QFormerEncoder(nn.Module):
         super().__init__()
         self.layer = nn.ModuleList([CustomBlip2QFormerLayer(config, i) for i in range(config.num_hidden_layers)])
 
-    def forward(self, hidden_states, attention_mask, image_key_values, image_mask, **kwargs) -> torch.Tensor:
-        for index, layer in enumerate(self.layer):
+    def forward(
+        self, hidden_states, attention_mask, image_key_values, image_mask, head_masks, **kwargs
+    ) -> torch.Tensor:
+        for index, (layer, head_mask) in enumerate(zip(self.layer, head_masks, strict=True)):
             # Tensors that may need a gradient are positional, where checkpointing looks for them.
             image_key, image_value = image_key_values.get(index, (None, None))
-            hidden_states = layer(hidden_states, attention_mask, image_key, image_value, image_mask, **kwargs)
+            image = (image_key, image_value, image_mask)
+            hidden_states = layer(hidden_states, attention_mask, *image, head_mask, **kwargs)
         return hidden_states
 
 
-class CustomBlip2QFormerPreTrainedModel(OwnShardsOnly, PreTrainedModel):
+class CustomBlip2QFormerPreTrainedModel(Divisible, OwnShardsOnly, PreTrainedModel):
     """What the Q-Former declares to the host, and how weights start."""
 
     config: CustomBlip2QFormerConfig
@@ -385,6 +394,7 @@ class CustomBlip2QFormerModel(CustomBlip2QFormerPreTrainedModel):
         image_key_values: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
+        head_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> QFormerOutput:
         """Compute the states (B, Q + T, D) of queries and text. Those of padding are zero on the unpadded path.
@@ -398,11 +408,14 @@ class CustomBlip2QFormerModel(CustomBlip2QFormerPreTrainedModel):
             attention_mode: `bidirectional`, `unimodal` or `multimodal_causal`, what queries and text see of each other.
             image_key_values: of `self.image_key_values`, instead of `encoder_hidden_states`.
             past_key_values: queries that the text goes on from, from a call with `use_cache=True`.
+            head_mask: (H,) or (L, H), 1 for heads to keep and 0 for heads to drop, or other factors, in attention to
+                the image too.
         """
         shape = tuple(query_embeds.shape[:2])
         query_length = shape[1] if query_length is None else query_length
         encoder = (encoder_hidden_states, encoder_attention_mask)
         self._check_inputs(query_embeds, query_length, attention_mask, attention_mode, past_key_values, *encoder)
+        head_masks = layer_head_masks(head_mask, self.encoder.layer, self.config)
         dtype = self.layernorm.weight.dtype
         if query_length and image_key_values is None:
             if encoder_hidden_states is None:
@@ -439,6 +452,7 @@ class CustomBlip2QFormerModel(CustomBlip2QFormerPreTrainedModel):
             mask,
             image_key_values or {},
             image_mask,
+            head_masks,
             query_length=query_length,
             packing=packing,
             past_key_values=past_key_values,
@@ -525,7 +539,7 @@ class CustomBlip2QFormerModel(CustomBlip2QFormerPreTrainedModel):
 
     @capture_outputs
     def _encode(
-        self, hidden_states, attention_mask, image_key_values, image_mask, past_key_values, **kwargs
+        self, hidden_states, attention_mask, image_key_values, image_mask, head_masks, past_key_values, **kwargs
     ) -> QFormerOutput:
         """The layers, of a padded batch or of a packed one."""
         # Taken by `capture_outputs`; a kernel must not see them.
@@ -537,6 +551,7 @@ class CustomBlip2QFormerModel(CustomBlip2QFormerPreTrainedModel):
             attention_mask,
             image_key_values,
             image_mask,
+            head_masks,
             past_key_values=None if is_checkpointing else past_key_values,
             **kwargs,
         )

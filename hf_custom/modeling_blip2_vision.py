@@ -21,13 +21,14 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention import eager_attention_forward, implementation_for
+from .attention import eager_attention_forward, implementation_for, layer_head_masks, mask_heads
 from .checks import OwnShardsOnly, check_pixels, check_sequence_labels
 from .configuration_blip2 import CustomBlip2VisionConfig
 from .layers import get_activation, project_activated
 from .losses import sequence_classification_loss
 from .matmul import project
 from .ops import merge_heads, split_heads
+from .parallel import Divisible
 
 
 class CustomBlip2VisionEmbeddings(nn.Module):
@@ -73,7 +74,9 @@ class CustomBlip2VisionAttention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
         self.projection = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(
+        self, hidden_states: torch.Tensor, head_mask: torch.Tensor | None = None, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         projections = project(self.qkv, hidden_states).chunk(3, dim=-1)
         query, key, value = (split_heads(states, self.head_dim) for states in projections)  # (B, H, T, K)
         implementation = implementation_for(self.config._attn_implementation)
@@ -88,6 +91,7 @@ class CustomBlip2VisionAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
+        attn_output, attn_weights = mask_heads(attn_output, attn_weights, head_mask)
         return project(self.projection, merge_heads(attn_output)), attn_weights
 
 
@@ -114,8 +118,8 @@ class CustomBlip2VisionLayer(GradientCheckpointingLayer):
         self.mlp = CustomBlip2VisionMLP(config)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
-        attn_output, _ = self.self_attn(self.layer_norm1(hidden_states), **kwargs)
+    def forward(self, hidden_states: torch.Tensor, head_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
+        attn_output, _ = self.self_attn(self.layer_norm1(hidden_states), head_mask, **kwargs)
         hidden_states = hidden_states + attn_output
         return hidden_states + self.mlp(self.layer_norm2(hidden_states))
 
@@ -127,13 +131,14 @@ class CustomBlip2VisionEncoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList([CustomBlip2VisionLayer(config) for _ in range(config.num_hidden_layers)])
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, **kwargs)
+    def forward(self, hidden_states: torch.Tensor, head_masks: tuple, **kwargs) -> torch.Tensor:
+        for layer, head_mask in zip(self.layers, head_masks, strict=True):
+            # Tensors that may need a gradient are positional, where checkpointing looks for them.
+            hidden_states = layer(hidden_states, head_mask, **kwargs)
         return hidden_states
 
 
-class CustomBlip2VisionPreTrainedModel(OwnShardsOnly, PreTrainedModel):
+class CustomBlip2VisionPreTrainedModel(Divisible, OwnShardsOnly, PreTrainedModel):
     """What every class of the vision tower declares to the host, and how weights start."""
 
     config: CustomBlip2VisionConfig
@@ -187,6 +192,7 @@ class CustomBlip2VisionModel(CustomBlip2VisionPreTrainedModel):
         self,
         pixel_values: torch.FloatTensor,
         interpolate_pos_encoding: bool = False,
+        head_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """Compute the states (B, 1 + P, D) of class token and patches, and the class token's, normed twice as in stock.
@@ -194,11 +200,14 @@ class CustomBlip2VisionModel(CustomBlip2VisionPreTrainedModel):
         Args:
             pixel_values: (B, 3, height, width), normalised by the image processor.
             interpolate_pos_encoding: take images of another size than `config.image_size`.
+            head_mask: (H,) or (L, H), 1 for heads to keep and 0 for heads to drop, or other factors; or five axes
+                (L, B, H, 1, 1).
         """
         # Taken by `capture_outputs`; a kernel must not see them.
         kwargs.pop("output_attentions", None)
         kwargs.pop("output_hidden_states", None)
-        hidden_states = self.encoder(self.embeddings(pixel_values, interpolate_pos_encoding), **kwargs)
+        head_masks = layer_head_masks(head_mask, self.encoder.layers, self.config, (len(pixel_values), 1))
+        hidden_states = self.encoder(self.embeddings(pixel_values, interpolate_pos_encoding), head_masks, **kwargs)
         hidden_states = self.post_layernorm(hidden_states)
         return BaseModelOutputWithPooling(
             last_hidden_state=hidden_states, pooler_output=self.post_layernorm(hidden_states[:, 0])

@@ -5,8 +5,8 @@ residual stream. Parameter names, arguments and numbers are those of the stock `
 
 Where it differs from stock: positions are counted from the attention mask when none are given, so left padding needs no
 care; positions may be sinusoidal or rotary; `reorder_and_upcast_attn` works with every attention implementation; the
-initial weights of the residual projections really shrink with depth; every loss honours `num_items_in_batch`; bad
-input is refused by name.
+initial weights of the residual projections really shrink with depth; every loss honours `num_items_in_batch`; heads can
+be masked; bad input is refused by name.
 """
 
 import math
@@ -32,7 +32,14 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .attention import eager_attention_forward, implementation_for, upcast_attention
+from .attention import (
+    RepeatsNoHeads,
+    eager_attention_forward,
+    implementation_for,
+    layer_head_masks,
+    mask_heads,
+    upcast_attention,
+)
 from .checks import (
     OwnShardsOnly,
     check_answer_positions,
@@ -46,7 +53,14 @@ from .checks import (
 )
 from .configuration_gpt2 import CustomGPT2Config
 from .dropout import Dropout
-from .layers import Conv1D, SequenceSummary, get_activation, project_activated
+from .layers import (
+    PROJECTIONS,
+    SequenceSummary,
+    convert_on_load,
+    get_activation,
+    get_projection,
+    project_activated,
+)
 from .losses import linear_cross_entropy, next_token_labels, sequence_classification_loss
 from .matmul import project
 from .ops import (
@@ -62,6 +76,7 @@ from .ops import (
 )
 from .outputs import DoubleHeadsModelOutput
 from .packing import cache_on_request, choose_packing
+from .parallel import Divisible
 
 
 class CustomGPT2Attention(nn.Module):
@@ -81,11 +96,11 @@ class CustomGPT2Attention(nn.Module):
 
         width = config.hidden_size
         if is_cross_attention:
-            self.q_attn = Conv1D(width, width)
-            self.c_attn = Conv1D(2 * width, width)
+            self.q_attn = get_projection(config, width, width)
+            self.c_attn = get_projection(config, 2 * width, width)
         else:
-            self.c_attn = Conv1D(3 * width, width)
-        self.c_proj = Conv1D(width, width, is_residual_projection=True)
+            self.c_attn = get_projection(config, 3 * width, width)
+        self.c_proj = get_projection(config, width, width, is_residual_projection=True)
         self.attn_dropout = Dropout(config.attn_pdrop)
         self.resid_dropout = Dropout(config.resid_pdrop)
 
@@ -96,13 +111,14 @@ class CustomGPT2Attention(nn.Module):
         attention_mask: torch.Tensor | None = None,
         encoder_hidden_states: torch.Tensor | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        head_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if self.is_cross_attention:
             query = split_heads(self.q_attn(hidden_states), self.head_dim)  # (B, H, T, K)
             key, value = self._encoder_key_value(encoder_hidden_states, past_key_values)
         else:
-            projections = self.c_attn(hidden_states).split(self.config.hidden_size, dim=-1)
+            projections = self.c_attn(hidden_states).chunk(3, dim=-1)
             query, key, value = (split_heads(states, self.head_dim) for states in projections)
             if position_embeddings is not None:
                 query, key = apply_rotary(query, *position_embeddings), apply_rotary(key, *position_embeddings)
@@ -124,6 +140,7 @@ class CustomGPT2Attention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
+        attn_output, attn_weights = mask_heads(attn_output, attn_weights, head_mask)
         return self.resid_dropout(self.c_proj(merge_heads(attn_output))), attn_weights
 
     def _encoder_key_value(self, encoder_hidden_states, past_key_values):
@@ -132,7 +149,7 @@ class CustomGPT2Attention(nn.Module):
         if is_cached:
             layer = past_key_values.cross_attention_cache.layers[self.layer_idx]
             return layer.keys, layer.values
-        projections = self.c_attn(encoder_hidden_states).split(self.config.hidden_size, dim=-1)
+        projections = self.c_attn(encoder_hidden_states).chunk(2, dim=-1)
         key, value = (split_heads(states, self.head_dim) for states in projections)
         if past_key_values is not None:
             key, value = past_key_values.cross_attention_cache.update(key, value, self.layer_idx)
@@ -148,8 +165,8 @@ class CustomGPT2MLP(nn.Module):
         width = config.hidden_size
         inner = config.n_inner if config.n_inner is not None else 4 * width
         self.act = get_activation(config.activation_function, "activation_function")
-        self.c_fc = Conv1D(inner, width)
-        self.c_proj = Conv1D(width, inner, is_residual_projection=True)
+        self.c_fc = get_projection(config, inner, width)
+        self.c_proj = get_projection(config, width, inner, is_residual_projection=True)
         self.dropout = Dropout(config.resid_pdrop)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -176,6 +193,7 @@ class CustomGPT2Block(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
         encoder_hidden_states: torch.Tensor | None = None,
+        head_mask: torch.Tensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         encoder_lengths: dict | None = None,
@@ -186,6 +204,7 @@ class CustomGPT2Block(GradientCheckpointingLayer):
             past_key_values=past_key_values,
             attention_mask=attention_mask,
             position_embeddings=position_embeddings,
+            head_mask=head_mask,
             **kwargs,
         )
         hidden_states = hidden_states + attn_output
@@ -196,13 +215,14 @@ class CustomGPT2Block(GradientCheckpointingLayer):
                 past_key_values=past_key_values,
                 attention_mask=encoder_attention_mask,
                 encoder_hidden_states=encoder_hidden_states,
+                head_mask=head_mask,
                 **(encoder_lengths or {}),
             )
             hidden_states = hidden_states + attn_output
         return hidden_states + self.mlp(self.ln_2(hidden_states))
 
 
-class CustomGPT2PreTrainedModel(OwnShardsOnly, PreTrainedModel):
+class CustomGPT2PreTrainedModel(Divisible, OwnShardsOnly, PreTrainedModel):
     """What every GPT-2 class declares to the host, and how weights start."""
 
     config: CustomGPT2Config
@@ -233,12 +253,14 @@ class CustomGPT2PreTrainedModel(OwnShardsOnly, PreTrainedModel):
             )
         # Fields may have changed since the configuration was made; refuse before any tensor is allocated.
         config.validate_architecture()
+        if config.projection_layout == "linear":
+            convert_on_load(config.model_type, ("c_attn", "c_fc", "c_proj", "q_attn"))
         super().__init__(config, *inputs, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
-        if isinstance(module, Conv1D):
+        if isinstance(module, tuple(PROJECTIONS.values())):
             std = self.config.initializer_range
             if module.is_residual_projection:
                 std /= math.sqrt(2 * self.config.num_hidden_layers)
@@ -297,6 +319,7 @@ class CustomGPT2Model(CustomGPT2PreTrainedModel):
         encoder_hidden_states: torch.Tensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        head_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         """Compute the last hidden state (B, T, D); zero at padding, unless a cache or attention weights are asked for.
@@ -310,6 +333,7 @@ class CustomGPT2Model(CustomGPT2PreTrainedModel):
             inputs_embeds: (B, T, D), instead of `input_ids`.
             encoder_hidden_states: (B, S', D), read by the blocks of a model with `add_cross_attention`.
             encoder_attention_mask: (B, S').
+            head_mask: (H,) or (L, H), factors of the heads, 0 to drop one; or stock's five axes (`layer_head_masks`).
         """
         output_shape = (*input_shape(input_ids, inputs_embeds), self.config.hidden_size)
         if encoder_hidden_states is not None:
@@ -335,6 +359,7 @@ class CustomGPT2Model(CustomGPT2PreTrainedModel):
             position_ids = self._count_positions(tokens, attention_mask, past_key_values)
         if self.config.position_embedding_type == "learned":
             check_positions(position_ids, self.config.max_position_embeddings, "n_positions")
+        kwargs["head_masks"] = layer_head_masks(head_mask, self.h, self.config, tokens.shape[:2], packing)
         causal_mask = cross_mask = encoder_lengths = None
         if packing is not None:
             input_ids, inputs_embeds, token_type_ids, position_ids = (
@@ -376,7 +401,7 @@ class CustomGPT2Model(CustomGPT2PreTrainedModel):
 
     @capture_outputs
     def _decode(
-        self, hidden_states, past_key_values, causal_mask, encoder_hidden_states, use_cache, **kwargs
+        self, hidden_states, past_key_values, causal_mask, encoder_hidden_states, head_masks, use_cache, **kwargs
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         """The blocks and the last norm, of a padded batch (B, T, D) or of a packed one (1, total, D)."""
         # Taken by `capture_outputs`; a kernel must not see them.
@@ -388,13 +413,14 @@ class CustomGPT2Model(CustomGPT2PreTrainedModel):
             if not isinstance(past_key_values, EncoderDecoderCache):
                 past_key_values = EncoderDecoderCache(past_key_values, DynamicCache(config=self.config))
         is_checkpointing = self.gradient_checkpointing and self.training
-        for block in self.h:
+        for block, head_mask in zip(self.h, head_masks, strict=True):
             # Tensors that may need a gradient are positional, where checkpointing looks for them.
             hidden_states = block(
                 hidden_states,
                 None if is_checkpointing else past_key_values,
                 causal_mask,
                 encoder_hidden_states,
+                head_mask,
                 use_cache=use_cache,
                 **kwargs,
             )
@@ -427,7 +453,7 @@ class CustomGPT2Model(CustomGPT2PreTrainedModel):
         return new.unsqueeze(0)
 
 
-class CustomGPT2ForCausalLM(CustomGPT2PreTrainedModel, GenerationMixin):
+class CustomGPT2ForCausalLM(RepeatsNoHeads, CustomGPT2PreTrainedModel, GenerationMixin):
     """Language model: the next token's logits, weights tied to the word embeddings."""
 
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
@@ -454,6 +480,7 @@ class CustomGPT2ForCausalLM(CustomGPT2PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         return_logits: bool | None = None,
+        head_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithCrossAttentions:
         """Compute logits (B, T, V) and, given `labels`, the loss of predicting each token from those before it.
@@ -478,6 +505,7 @@ class CustomGPT2ForCausalLM(CustomGPT2PreTrainedModel, GenerationMixin):
             encoder_hidden_states=encoder_hidden_states,
             encoder_attention_mask=encoder_attention_mask,
             use_cache=use_cache,
+            head_mask=head_mask,
             **kwargs,
         )
         logits, loss = self._logits_and_loss(
@@ -493,7 +521,7 @@ class CustomGPT2ForCausalLM(CustomGPT2PreTrainedModel, GenerationMixin):
         )
 
 
-class CustomGPT2DoubleHeadsModel(CustomGPT2PreTrainedModel, GenerationMixin):
+class CustomGPT2DoubleHeadsModel(RepeatsNoHeads, CustomGPT2PreTrainedModel, GenerationMixin):
     """Language model with a multiple-choice head beside it (Radford et al. 2018, section 3.2)."""
 
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
@@ -522,6 +550,7 @@ class CustomGPT2DoubleHeadsModel(CustomGPT2PreTrainedModel, GenerationMixin):
         mc_labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         return_logits: bool | None = None,
+        head_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> DoubleHeadsModelOutput:
         """Compute logits (B, C, T, V) and scores (B, C) of C choices, and their two losses.
@@ -546,6 +575,7 @@ class CustomGPT2DoubleHeadsModel(CustomGPT2PreTrainedModel, GenerationMixin):
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            head_mask=head_mask,
             **kwargs,
         )
         logits, loss = self._logits_and_loss(

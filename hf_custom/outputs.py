@@ -75,3 +75,46 @@ class Blip2PreTrainingOutput(ModelOutput):
     itm_logits: torch.FloatTensor | None = None
     image_embeds: torch.FloatTensor | None = None
     text_embeds: torch.FloatTensor | None = None
+
+
+@dataclass
+class ElmoModelOutput(ModelOutput):
+    """Output of ELMo (Peters et al. 2018, section 3).
+
+    Shapes, with both directions beside each other in D: `last_hidden_state` (B, T, D) is the mix of all layers or, of a
+    model without a mix, the last one; `pooler_output` (B, D) pools it over the words of a row; `hidden_states` are the
+    layers, the word vectors first. `past_key_values` holds the state of every layer after the last word.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    pooler_output: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class ElmoPreTrainingOutput(ModelOutput):
+    """Output of the two language models of ELMo (Peters et al. 2018, section 3.1).
+
+    Shapes: `loss` is the mean of the scalars `forward_loss` and `backward_loss`, or the first of a model without the
+    second; `logits` (B, T, V) are of the word after, `backward_logits` of the word before.
+    """
+
+    loss: torch.FloatTensor | None = None
+    forward_loss: torch.FloatTensor | None = None
+    backward_loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    backward_logits: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class Word2VecPreTrainingOutput(ModelOutput):
+    """Output of word2vec with negative sampling (Mikolov et al. 2013b, equation 4).
+
+    Shapes: `loss` is a scalar; `logits` (P, 1 + K) are the scores of the word to predict and of the noise after it.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None

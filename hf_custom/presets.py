@@ -4,9 +4,28 @@ from transformers import PreTrainedConfig
 
 from .configuration_bert import CustomBertConfig
 from .configuration_blip2 import CustomBlip2Config
+from .configuration_elmo import CustomElmoConfig
 from .configuration_gpt2 import CustomGPT2Config
+from .configuration_transformer import CustomTransformerConfig
+from .configuration_word2vec import CustomWord2VecConfig
 
 _SMALL = {"n_positions": 256, "resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.0}
+# As small as a GPT can be drawn matrix by matrix: ids (4, 16), states (4, 16, 64), scores (4, 4, 16, 16). Weights start
+# at one over the square root of the width, so that words count beside the sinusoids.
+_NOTES = {
+    "n_positions": 16,
+    "n_embd": 64,
+    "n_layer": 4,
+    "n_head": 4,
+    "activation_function": "relu",
+    "position_embedding_type": "sinusoidal",
+    "tie_word_embeddings": False,
+    "initializer_range": 0.125,
+    "vocab_size": 1024,
+    "resid_pdrop": 0.1,
+    "embd_pdrop": 0.1,
+    "attn_pdrop": 0.0,
+}
 _BERT_MINI = {
     "hidden_size": 256,
     "num_hidden_layers": 4,
@@ -73,6 +92,49 @@ _BLIP2_MINI = {
     "frozen_modules": [],
 }
 
+_TRANSFORMER_MINI = {
+    "d_model": 256,
+    "encoder_layers": 3,
+    "encoder_attention_heads": 4,
+    "encoder_ffn_dim": 1024,
+    "decoder_layers": 3,
+    "decoder_attention_heads": 4,
+    "decoder_ffn_dim": 1024,
+    "max_position_embeddings": 256,
+    "vocab_size": 1024,
+}
+# Of the paper (table 3), which drops more out of the big one.
+_TRANSFORMER_BIG = {
+    "d_model": 1024,
+    "encoder_attention_heads": 16,
+    "encoder_ffn_dim": 4096,
+    "decoder_attention_heads": 16,
+    "decoder_ffn_dim": 4096,
+    "dropout": 0.3,
+}
+
+# No bounds of cells and outputs, so that torch's own LSTM runs.
+_ELMO_MINI = {
+    "vocab_size": 8192,
+    "cell_size": 512,
+    "projection_size": 128,
+    "cell_clip": None,
+    "proj_clip": None,
+    "filters": ((1, 16), (2, 16), (3, 32), (4, 64), (5, 64), (6, 64)),
+    "num_highway_layers": 1,
+}
+_LSTM_MINI = {
+    "input_type": "words",
+    "bidirectional": False,
+    "cell_size": 512,
+    "projection_size": None,
+    "cell_clip": None,
+    "proj_clip": None,
+    "vocab_size": 1024,
+    "lstm_dropout": 0.1,
+    "tie_word_embeddings": True,
+}
+
 _BLIP2_VIT_G = {
     "qformer_config": {"vocab_size": 30523, "bos_token_id": 30522, "use_qformer_text_input": True},
     "image_token_index": 50256,
@@ -81,9 +143,15 @@ _BLIP2_VIT_G = {
 PRESETS: dict[str, tuple[type[PreTrainedConfig], dict]] = {
     # Small enough to learn on two processor cores.
     "gpt2-mini": (CustomGPT2Config, {"n_embd": 256, "n_layer": 4, "n_head": 4, "vocab_size": 1024, **_SMALL}),
+    "gpt2-notes": (CustomGPT2Config, _NOTES),
     "bert-mini": (CustomBertConfig, _BERT_MINI),
     "bert-vision-mini": (CustomBertConfig, _BERT_VISION_MINI),
     "blip2-mini": (CustomBlip2Config, _BLIP2_MINI),
+    "transformer-mini": (CustomTransformerConfig, _TRANSFORMER_MINI),
+    "elmo-mini": (CustomElmoConfig, _ELMO_MINI),
+    "lstm-mini": (CustomElmoConfig, _LSTM_MINI),
+    "word2vec-mini": (CustomWord2VecConfig, {}),
+    "cbow-mini": (CustomWord2VecConfig, {"objective": "cbow"}),
     # The published sizes (Radford et al. 2019, table 2).
     "gpt2": (CustomGPT2Config, {}),
     "gpt2-medium": (CustomGPT2Config, {"n_embd": 1024, "n_layer": 24, "n_head": 16}),
@@ -97,6 +165,18 @@ PRESETS: dict[str, tuple[type[PreTrainedConfig], dict]] = {
     ),
     # The published first stage (Li et al. 2023): ViT-g and a BERT-base of a Q-Former; GPT-2 for the language model.
     "blip2-vit-g": (CustomBlip2Config, _BLIP2_VIT_G),
+    # The published sizes (Vaswani et al. 2017, table 3).
+    "transformer-base": (CustomTransformerConfig, {}),
+    "transformer-big": (CustomTransformerConfig, _TRANSFORMER_BIG),
+    # The published sizes (Peters et al. 2018, section 3.2, and the smaller ones released with it).
+    "elmo": (CustomElmoConfig, {}),
+    "elmo-medium": (CustomElmoConfig, {"cell_size": 2048, "projection_size": 256, "num_highway_layers": 1}),
+    "elmo-small": (CustomElmoConfig, {"cell_size": 1024, "projection_size": 128, "num_highway_layers": 1}),
+    # The published size (Mikolov et al. 2013b, section 3): a billion words of news, of which 692,000 differ.
+    "word2vec-news": (
+        CustomWord2VecConfig,
+        {"vocab_size": 692_001, "hidden_size": 300, "subsample_threshold": 1e-5},
+    ),
 }
 
 

@@ -11,14 +11,19 @@ from transformers import (
     GPT2Tokenizer,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .configuration_bert import CustomBertConfig
 from .configuration_blip2 import CustomBlip2Config, CustomBlip2QFormerConfig, CustomBlip2VisionConfig
+from .configuration_elmo import CustomElmoConfig
 from .configuration_gpt2 import CustomGPT2Config
+from .configuration_transformer import CustomTransformerConfig
+from .configuration_word2vec import CustomWord2VecConfig
 from .processing_blip2 import CustomBlip2Processor
+from .tokenization_elmo import CustomElmoTokenizer
 
 # One row a family: configuration, and tokenizer or none. Which class serves which Auto class is said by the
 # configuration itself, in `auto_classes`.
@@ -28,9 +33,14 @@ FAMILIES: tuple[tuple[type[PreTrainedConfig], type[PreTrainedTokenizerBase] | No
     (CustomBlip2VisionConfig, None),
     (CustomBlip2QFormerConfig, None),
     (CustomBlip2Config, None),
+    (CustomTransformerConfig, GPT2Tokenizer),
+    (CustomElmoConfig, CustomElmoTokenizer),
+    (CustomWord2VecConfig, PreTrainedTokenizerFast),
 )
 
 PROCESSORS = {CustomBlip2Config: CustomBlip2Processor}
+# Those whose code a saved folder needs beside it.
+OWN_TOKENIZERS = (CustomElmoTokenizer,)
 
 
 def _load(reference: str) -> type:
@@ -50,6 +60,8 @@ def register(replace_stock: bool | None = None) -> None:
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
         if tokenizer_class is not None:
             AutoTokenizer.register(config_class, tokenizer_class, exist_ok=True)
+        if tokenizer_class in OWN_TOKENIZERS:
+            tokenizer_class.register_for_auto_class()
         config_class.register_for_auto_class()
         for auto_name, reference in config_class.auto_classes.items():
             if auto_name != "AutoConfig":

@@ -13,7 +13,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 import hf_custom  # noqa: E402 - registers the classes
-from hf_custom import modeling_bert, modeling_gpt2  # noqa: E402
+from hf_custom import modeling_bert, modeling_gpt2, modeling_transformer  # noqa: E402
 from hf_custom.packing import choose_packing  # noqa: E402
 
 # One thread: the models are tiny, and threads that wait for each other cost more than they compute.
@@ -69,7 +69,7 @@ def packings(monkeypatch):
         chosen.append(found[0])
         return found
 
-    for module in (modeling_gpt2, modeling_bert):
+    for module in (modeling_gpt2, modeling_bert, modeling_transformer):
         monkeypatch.setattr(module, "choose_packing", spy)
     return chosen
 

@@ -14,7 +14,7 @@ from datasets import Dataset
 from huggingface_hub import ModelCard
 from test_processing_blip2 import image_processor, make
 from test_remote_code import QFORMER
-from tiny import GPT2, LABELS, MODELS, VISION, VOCAB, tokenizer, widen
+from tiny import GPT2, LABELS, MODELS, SEQ2SEQ, VISION, VOCAB, tokenizer, widen
 from transformers import DataCollatorForLanguageModeling, TrainingArguments
 
 import hf_custom
@@ -24,7 +24,7 @@ from training.plots import plot_loss_curve
 from training.tokenizer import train_tokenizer
 from training.trainer import CustomTrainer
 
-ROWS = {row.name: row for row in MODELS}
+ROWS = {row.name: row for row in MODELS + SEQ2SEQ}
 HISTORY = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5, "eval_loss": 1.7}]
 RECORD_OF_ALL = CardRecord(
     "tiny",
@@ -97,6 +97,7 @@ PRINTED = {
     "CustomBertForVisualQuestionAnswering": r"",
     "CustomBlip2VisionForImageClassification": r"LABEL_[0-2]\n",
     "CustomBlip2ForConditionalGeneration": r".*\n",
+    "CustomTransformerForSeq2SeqLM": r".*\n",
 }
 
 

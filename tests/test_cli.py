@@ -55,7 +55,7 @@ def test_help_has_examples(command, capsys):
 
 def test_examples_are_understood():
     parser = cli.build_parser()
-    assert list(cli.COMMANDS) == ["push", "export", "convert", "card", "inspect", "serve"]
+    assert list(cli.COMMANDS) == ["push", "export", "convert", "card", "inspect", "look", "serve"]
     for name, command in cli.COMMANDS.items():
         for example in command.examples:
             assert parser.parse_args([name, *example.split()]).run is command.run

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassFieldValidationError
-from tiny import BERT, GPT2, VISION, VOCAB, widen
+from tiny import BERT, BY_CHARACTERS, ELMO, GPT2, TRANSFORMER, VISION, VOCAB, WORD2VEC, widen
 from transformers import (
     AutoConfig,
     BertConfig,
@@ -36,13 +37,27 @@ from hf_custom import (
     CustomBlip2QFormerModel,
     CustomBlip2VisionConfig,
     CustomBlip2VisionModel,
+    CustomElmoConfig,
+    CustomElmoForCausalLM,
+    CustomElmoForPreTraining,
+    CustomElmoForTokenClassification,
+    CustomElmoModel,
+    CustomElmoTokenizer,
     CustomGPT2Config,
     CustomGPT2DoubleHeadsModel,
     CustomGPT2ForCausalLM,
     CustomGPT2ForSequenceClassification,
     CustomGPT2ForTokenClassification,
+    CustomTransformerConfig,
+    CustomTransformerForSeq2SeqLM,
+    CustomWord2VecConfig,
+    CustomWord2VecForPreTraining,
 )
+from hf_custom.modeling_word2vec import check_vocabulary
 from hf_custom.registry import FAMILIES
+from training.word_pairs import Corpus
+from training.word_trainer import Chunks, ChunkUpdates
+from training.word_updates import Tables
 
 IDS = torch.arange(24).view(2, 12) % 8
 # A BLIP-2 whose texts go through the Q-Former too. `IMAGE_IDS` hold the image's two tokens twice, under two ids.
@@ -274,6 +289,150 @@ def first_scale(config):
     return CustomBlip2ForPreTraining(config).logit_scale.item()
 
 
+def elmo_shapes(config):
+    return shapes(config, CustomElmoForTokenClassification)
+
+
+def elmo_softmax_shapes(config):
+    return shapes(config, CustomElmoForPreTraining)
+
+
+def elmo_ids(config):
+    """Words, or the ids of their characters: of a short word and of one that is cut."""
+    if config.input_type == "words":
+        return IDS
+    reader = CustomElmoTokenizer(max_characters_per_token=config.max_characters_per_token)
+    return reader(["ab abcdefghijkl c", "the cat sat"], return_tensors="pt")["input_ids"]
+
+
+def elmo_logits(config):
+    """In training mode, so that dropout shows."""
+    model = wide_model(config, CustomElmoForTokenClassification).train()
+    set_seed(1)
+    return model(elmo_ids(config)).logits.tolist()
+
+
+def elmo_pooled(config):
+    return wide_model(config, CustomElmoModel)(elmo_ids(config)).pooler_output.tolist()
+
+
+def elmo_trained(config):
+    model = CustomElmoForTokenClassification(config)
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def elmo_std(config):
+    set_seed(0)
+    return CustomElmoModel(config).embeddings.weight.std().item()
+
+
+def lstm_writer(config):
+    return wide_model(config, CustomElmoForCausalLM).eval()
+
+
+def lstm_has_cache(config):
+    return lstm_writer(config)(IDS).past_key_values is not None
+
+
+def lstm_tokens_from_nothing(config):
+    return lstm_writer(config).generate(max_new_tokens=2, do_sample=False).tolist()
+
+
+def lstm_generated(config):
+    """Of two rows, the first of which ends at once."""
+    return lstm_writer(config).generate(IDS, max_new_tokens=5, do_sample=False).tolist()
+
+
+def lstm_largest_product(config):
+    """Rows of the largest product with the output weight, while the training loss is computed."""
+    rows = []
+    model = wide_model(config, CustomElmoForCausalLM).train()
+    model.lm_head.register_forward_hook(lambda module, inputs, output: rows.append(output.shape[0]))
+    model(IDS, labels=IDS).loss.backward()
+    return max(rows)
+
+
+def translator_shapes(config):
+    return shapes(config, CustomTransformerForSeq2SeqLM)
+
+
+def translator(config):
+    return wide_model(config, CustomTransformerForSeq2SeqLM)
+
+
+def translator_loss(config):
+    """In training mode, so that dropout and smoothing show."""
+    model = translator(config).train()
+    set_seed(1)
+    return model(IDS, labels=IDS.flip(-1)).loss.item()
+
+
+def translator_table(config):
+    return translator(config).model.encoder.embed_positions.table.shape
+
+
+def translator_std(config):
+    set_seed(0)
+    return CustomTransformerForSeq2SeqLM(config).lm_head.weight.std().item()
+
+
+def translator_has_cache(config):
+    return translator(config)(IDS, decoder_input_ids=IDS).past_key_values is not None
+
+
+def translator_pads(config):
+    """Of a label that is ignored amid others, the token that stands for it."""
+    labels = IDS.masked_fill(IDS == 3, -100)
+    return translator(config)(IDS, labels=labels).loss.item()
+
+
+def translation(config):
+    """Of two rows, the first of which ends at once where every token but the first does."""
+    return translator(config).eval().generate(IDS, max_new_tokens=5, do_sample=False).tolist()
+
+
+def translator_largest_product(config):
+    """Rows of the largest product with the output weight, while the training loss is computed."""
+    rows = []
+    model = translator(config).train()
+    model.lm_head.register_forward_hook(lambda module, inputs, output: rows.append(output.shape[0]))
+    model(IDS, labels=IDS).loss.backward()
+    return max(rows)
+
+
+def pair_shapes(config):
+    return shapes(config, CustomWord2VecForPreTraining)
+
+
+def highest_start(config):
+    set_seed(0)
+    return CustomWord2VecForPreTraining(config).word2vec.embeddings.weight.max().item()
+
+
+def rows_of_zeros(config):
+    return CustomWord2VecForPreTraining(config).word2vec.embeddings.weight.eq(0).all(1).tolist()
+
+
+def updated_vectors(config):
+    """Input vectors after the updates of a short text."""
+    set_seed(0)
+    inputs, outputs = torch.randn(2, config.vocab_size, config.hidden_size)
+    inputs[-1] = outputs[-1] = 0
+    ids = (torch.rand(200).square() * 40).int().numpy()
+    chunks = Chunks(Corpus(ids, np.array([200]), 200), size=200)
+    counts = np.bincount(ids, minlength=config.vocab_size)
+    ChunkUpdates(config, chunks, counts, seed=0, learning_rate=0.1).run(Tables(inputs, outputs), 0, [0], 0.1)
+    return inputs.tolist()
+
+
+def accepts_vocabulary(config):
+    try:
+        check_vocabulary([str(number) for number in range(config.vocab_size)], config, "a list")
+    except ValueError:
+        return False
+    return True
+
+
 @dataclass(frozen=True)
 class Effect:
     """A value that is not the default, what it changes, and the other fields it needs to do so."""
@@ -283,8 +442,68 @@ class Effect:
     beside: dict = field(default_factory=dict)
 
 
+LSTM = {"bidirectional": False}
 # One row a declared field.
 EFFECTS = {
+    CustomElmoConfig: {
+        "vocab_size": Effect(VOCAB + 5, elmo_shapes),
+        "input_type": Effect("words", elmo_shapes, {"input_type": "characters"}),
+        "bidirectional": Effect(False, elmo_shapes),
+        "num_hidden_layers": Effect(3, elmo_shapes),
+        "cell_size": Effect(24, elmo_shapes),
+        "projection_size": Effect(None, elmo_shapes),
+        "use_skip_connections": Effect(False, elmo_logits),
+        "cell_clip": Effect(0.3, elmo_logits),
+        "proj_clip": Effect(0.2, elmo_logits),
+        "max_characters_per_token": Effect(9, elmo_logits, BY_CHARACTERS),
+        "character_embedding_size": Effect(6, elmo_shapes, BY_CHARACTERS),
+        "filters": Effect([[2, 5], [3, 6]], elmo_shapes, BY_CHARACTERS),
+        "num_highway_layers": Effect(1, elmo_shapes, BY_CHARACTERS),
+        "char_cnn_activation": Effect("tanh", elmo_logits, BY_CHARACTERS),
+        "lstm_dropout": Effect(0.5, elmo_logits),
+        "do_layer_norm": Effect(True, elmo_logits),
+        "pooling_type": Effect("max", elmo_pooled),
+        "freeze_bilm": Effect(True, elmo_trained),
+        "classifier_embeddings": Effect(True, elmo_shapes),
+        "classifier_lstm_size": Effect(5, elmo_shapes),
+        "classifier_dropout": Effect(0.4, elmo_logits),
+        "initializer_range": Effect(0.5, elmo_std),
+        "use_cache": Effect(False, lstm_has_cache, LSTM),
+        "bos_token_id": Effect(5, lstm_tokens_from_nothing, LSTM),
+        "eos_token_id": Effect(list(range(VOCAB)), lstm_generated, LSTM),
+        "pad_token_id": Effect(7, lstm_generated, {**LSTM, "eos_token_id": list(range(0, VOCAB, 2))}),
+        "tie_word_embeddings": Effect(True, elmo_softmax_shapes),
+        "loss_chunk_size": Effect(4, lstm_largest_product, LSTM),
+    },
+    CustomTransformerConfig: {
+        "vocab_size": Effect(VOCAB + 5, translator_shapes),
+        "decoder_vocab_size": Effect(VOCAB + 7, translator_shapes, {"share_encoder_decoder_embeddings": False}),
+        "share_encoder_decoder_embeddings": Effect(False, translator_shapes),
+        "tie_word_embeddings": Effect(False, translator_shapes),
+        "d_model": Effect(40, translator_shapes),
+        "encoder_layers": Effect(1, translator_shapes),
+        "encoder_attention_heads": Effect(2, translator_loss),
+        "encoder_ffn_dim": Effect(44, translator_shapes),
+        "decoder_layers": Effect(1, translator_shapes),
+        "decoder_attention_heads": Effect(4, translator_loss),
+        "decoder_ffn_dim": Effect(44, translator_shapes),
+        "activation_function": Effect("gelu", translator_loss),
+        "norm_first": Effect(True, translator_shapes),
+        "dropout": Effect(0.5, translator_loss),
+        "attention_dropout": Effect(0.5, translator_loss),
+        "activation_dropout": Effect(0.5, translator_loss),
+        "layer_norm_eps": Effect(0.1, translator_loss),
+        "initializer_range": Effect(0.5, translator_std),
+        "scale_embedding": Effect(False, translator_loss),
+        "max_position_embeddings": Effect(48, translator_table),
+        "label_smoothing": Effect(0.3, translator_loss),
+        "loss_chunk_size": Effect(4, translator_largest_product),
+        "use_cache": Effect(False, translator_has_cache),
+        "bos_token_id": Effect(5, translation, {"decoder_start_token_id": None, "tie_word_embeddings": False}),
+        "eos_token_id": Effect(list(range(VOCAB)), translation),
+        "pad_token_id": Effect(7, translator_pads),
+        "decoder_start_token_id": Effect(5, translator_loss),
+    },
     CustomGPT2Config: {
         "vocab_size": Effect(VOCAB + 5, shapes),
         "n_positions": Effect(48, shapes),
@@ -317,6 +536,7 @@ EFFECTS = {
         "rope_theta": Effect(50.0, logits, {"position_embedding_type": "rope"}),
         "classifier_dropout": Effect(0.5, token_logits),
         "loss_chunk_size": Effect(4, largest_product),
+        "projection_layout": Effect("linear", shapes),
     },
     CustomBertConfig: {
         "vocab_size": Effect(VOCAB + 5, bert_shapes),
@@ -393,16 +613,32 @@ EFFECTS = {
         "label_smoothing": Effect(0.3, first_stage_loss),
         "loss_chunk_size": Effect(4, blip2_largest_product),
     },
+    CustomWord2VecConfig: {
+        "vocab_size": Effect(46, pair_shapes),
+        "hidden_size": Effect(16, pair_shapes),
+        "objective": Effect("cbow", updated_vectors, {"objective": "skip_gram"}),
+        "window_size": Effect(2, updated_vectors),
+        "num_negatives": Effect(3, updated_vectors),
+        "noise_exponent": Effect(0.5, updated_vectors),
+        "subsample_threshold": Effect(0.01, updated_vectors),
+        "whole_cbow_error": Effect(False, updated_vectors),
+        "initializer_range": Effect(2.0, highest_start),
+        "unk_token_id": Effect(0, rows_of_zeros),
+        "vocabulary_sha256": Effect("of others", accepts_vocabulary),
+    },
 }
 # Stock has it and reads it as little.
 UNREAD = {CustomBlip2Config: {"initializer_factor"}}
 PARTS = ("vision_config", "qformer_config", "text_config")
 BASES = {
+    CustomElmoConfig: ELMO,
     CustomGPT2Config: GPT2,
     CustomBertConfig: BERT,
     CustomBlip2VisionConfig: VISION,
     CustomBlip2QFormerConfig: QFORMER,
     CustomBlip2Config: BLIP2,
+    CustomTransformerConfig: TRANSFORMER,
+    CustomWord2VecConfig: WORD2VEC,
 }
 STOCK = {
     CustomGPT2Config: GPT2Config,
@@ -418,6 +654,7 @@ each_field = pytest.mark.parametrize(
     ("config_class", "name"), [(config_class, name) for config_class, rows in EFFECTS.items() for name in rows]
 )
 each_class = pytest.mark.parametrize("config_class", EFFECTS)
+each_stock = pytest.mark.parametrize("config_class", STOCK)
 
 
 def test_every_declared_field_has_a_row():
@@ -456,7 +693,7 @@ def test_every_field_survives_json(config_class, tmp_path):
         assert loaded.to_json_string() == config.to_json_string()
 
 
-@each_class
+@each_stock
 def test_stock_fields_have_stock_types_and_defaults(config_class):
     stock = STOCK[config_class]
     ours = {item.name: (item.type, item.default) for item in fields(config_class)}
@@ -466,7 +703,7 @@ def test_stock_fields_have_stock_types_and_defaults(config_class):
     assert config_class.attribute_map == stock.attribute_map
 
 
-@each_class
+@each_stock
 def test_default_and_stock_dictionary_load_in_silence(config_class, caplog):
     stored = {**STOCK[config_class]().to_dict(), **OUR_DEFAULTS.get(config_class, {})}
     if config_class is CustomBlip2Config:
@@ -658,7 +895,8 @@ def test_key_of_published_repositories_is_accepted(key):
     assert CustomGPT2Config.from_dict({"model_type": "gpt2", key: KNOWN[key]}).n_layer == 12
 
 
-@pytest.mark.parametrize("config_class", [found for found in EFFECTS if found is not CustomBlip2Config])
+# A BLIP-2 has parts, an ELMo no attention.
+@pytest.mark.parametrize("config_class", [one for one in EFFECTS if one not in (CustomBlip2Config, CustomElmoConfig)])
 def test_standard_names_are_accepted(config_class):
     values = {"hidden_size": 48, "num_attention_heads": 6, "num_hidden_layers": 2, "max_position_embeddings": 16}
     config = config_class(**values)

@@ -28,6 +28,7 @@ from training.guards import (
     attach_guards,
     judge,
 )
+from training.trainer import CustomTrainer
 
 SAVE = {"save_strategy": "steps", "save_steps": 1}
 
@@ -230,6 +231,104 @@ def test_check_before_a_checkpoint_leaves_the_run_as_it_was(tmp_path):
         trainer.train()
         runs.append(weights_hash(trainer.model))
     assert runs[0] == runs[1]
+
+
+class Watch(TrainerCallback):
+    """Checkpoints that have their name when a step begins and before its update; and a failure on request."""
+
+    def __init__(self, fail_in=None):
+        self.begin, self.update, self.fail_in = {}, {}, fail_in
+
+    def names(self, args):
+        self.trainer.finish_saving()
+        return "".join(sorted(path.name[-1] for path in Path(args.output_dir).glob("checkpoint-*")))
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.begin[state.global_step + 1] = self.names(args)
+        if state.global_step + 1 == self.fail_in:
+            raise MemoryError("none left")
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.update[state.global_step + 1] = self.names(args)
+
+
+def build_waiting(folder, *callbacks, **arguments):
+    """A trainer whose checkpoints wait for their judgement, its watch, and the passes made to judge without a step."""
+    watch, passes = Watch(arguments.pop("fail_in", None)), []
+    trainer = build_trainer(folder, *callbacks, watch, trainer_class=CustomTrainer, **{**SAVE, **arguments})
+    watch.trainer = trainer
+    guard = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, DivergenceGuard))
+    again = guard._loss_again
+
+    def count(*evidence):
+        passes.append(trainer.state.global_step)
+        watch.judged = weights_hash(trainer.model)
+        return again(*evidence)
+
+    guard._loss_again = count
+    return trainer, watch, passes
+
+
+def test_checkpoint_gets_its_name_when_the_next_loss_is_known(tmp_path):
+    trainer, watch, passes = build_waiting(tmp_path, save_steps=2)
+    trainer.train()
+    assert watch.begin == {1: "", 2: "", 3: "", 4: "2", 5: "2", 6: "24"}
+    assert watch.update == {1: "", 2: "", 3: "2", 4: "2", 5: "24", 6: "24"}
+    # Nothing but the last one, after which no step comes, costs a forward pass.
+    assert passes == [6] and watch.names(trainer.args) == "246"
+
+
+def test_checkpoint_after_a_bad_update_never_gets_its_name(tmp_path):
+    trainer, watch, _ = build_waiting(tmp_path, learning_rate=1e6, warmup_steps=2, max_steps=30)
+    with pytest.raises((DivergenceError, NonFiniteError), match="checkpoint-1. Go on from it|checkpoint-1.$"):
+        trainer.train()
+    assert trainer.state.global_step >= 2 and watch.names(trainer.args) == "1"
+
+
+def test_checkpoint_waits_while_batches_are_hard(tmp_path):
+    trainer, watch, passes = build_waiting(tmp_path, save_steps=2)
+    guard = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, DivergenceGuard))
+    agree = guard.meter.agree
+
+    def agree_scaled():
+        if guard.meter.loss is None:
+            agree()
+            guard.meter.loss *= [1, 1, 5, 5, 1, 1][trainer.state.global_step]
+
+    guard.meter.agree = agree_scaled
+    trainer.train()
+    # No fourth, and the second only after the fifth loss.
+    assert watch.update == {1: "", 2: "", 3: "", 4: "", 5: "2", 6: "2"} and passes == [6]
+
+
+def test_step_that_is_not_finite_has_the_waiting_checkpoint_judged(tmp_path):
+    trainer, watch, passes = build_waiting(tmp_path, Spoil([3]))
+    with pytest.raises(NonFiniteError, match=r"step 3: .*checkpoint-2\."):
+        trainer.train()
+    assert watch.names(trainer.args) == "12" and passes == [2]
+
+
+def test_failure_of_another_kind_keeps_the_waiting_checkpoint(tmp_path):
+    trainer, watch, _ = build_waiting(tmp_path, fail_in=4)
+    with pytest.raises(MemoryError):
+        trainer.train()
+    assert watch.begin[4] == "12" and watch.names(trainer.args) == "123"
+
+
+class StopAfterSave(TrainerCallback):
+    def on_save(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == 4
+
+
+@pytest.mark.parametrize("best", [False, True])
+def test_checkpoint_is_judged_at_the_end_when_no_step_came(best, tmp_path):
+    """By its own weights, though those of an earlier checkpoint take their place."""
+    more = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
+    weights = Weights()
+    trainer, watch, passes = build_waiting(tmp_path, StopAfterSave(), weights, **(more if best else {}))
+    trainer.train()
+    assert trainer.state.global_step == 4 and passes == [4] and watch.names(trainer.args) == "1234"
+    assert watch.judged == weights.after[3][0] and (weights_hash(trainer.model) == weights.after[0][0]) == best
 
 
 @pytest.mark.parametrize(

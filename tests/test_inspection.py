@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from test_remote_code import BLIP2, WRITER, build_blip2
-from tiny import BATCH, BERT, BERT_WITH_IMAGES, DECODER, GPT2, LENGTH, MODELS, VOCAB
+from tiny import BATCH, BERT, BERT_WITH_IMAGES, DECODER, GPT2, LENGTH, MODELS, SEQ2SEQ, TRANSFORMER, VOCAB
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_custom
@@ -22,7 +22,7 @@ NO_DROPOUT = {
     "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
     "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
 }
-each_row = pytest.mark.parametrize("row", MODELS, ids=lambda row: row.name)
+each_row = pytest.mark.parametrize("row", MODELS + SEQ2SEQ, ids=lambda row: row.name)
 
 
 def bytes_of(rows, use, part):
@@ -123,6 +123,19 @@ def test_cache_is_what_the_model_fills(model_class, fields, dtype):
     held = sum(t.numel() * t.itemsize for layer in cache.layers for t in (layer.keys, layer.values))
     rows = memory_table(model, batch_size=BATCH, length=LENGTH, dtype=dtype)
     assert bytes_of(rows, INFERENCE, "cache of keys and values") == held
+
+
+def test_cache_of_an_encoder_decoder_holds_both_sides():
+    model = SEQ2SEQ[1].model_class(SEQ2SEQ[1].config_class(**TRANSFORMER)).eval()
+    ids = torch.randint(0, VOCAB, (BATCH, LENGTH))
+    cache = model(ids, decoder_input_ids=ids, use_cache=True).past_key_values
+    layers = [*cache.self_attention_cache.layers, *cache.cross_attention_cache.layers]
+    held = sum(t.numel() * t.itemsize for layer in layers for t in (layer.keys, layer.values))
+    rows = memory_table(model, batch_size=BATCH, length=LENGTH)
+    assert bytes_of(rows, INFERENCE, "cache of keys and values") == held
+    # The inner layer of the encoder is the wider one.
+    widest = BATCH * LENGTH * TRANSFORMER["encoder_ffn_dim"] * 4
+    assert bytes_of(rows, INFERENCE, "largest activation") == widest
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

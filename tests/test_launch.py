@@ -22,6 +22,7 @@ from torch.distributed.run import parse_args
 from training import preemption, run_clm
 from training.args import parse_arguments
 from training.launch import ray_train, torchrun
+from training.sharding import PARTS
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "training" / "launch"
@@ -209,7 +210,7 @@ def test_plan_of_fsdp2_reaches_accelerate_whole(monkeypatch):
     assert (plugin.fsdp_version, plugin.reshard_after_forward) == (2, True)
     # A flag goes before the file, as the plan of a BERT needs it.
     assert plugin.transformer_cls_names_to_wrap == ["CustomBertLayer"]
-    assert plugin.auto_wrap_policy is transformer_auto_wrap_policy and plugin.state_dict_type.name == "FULL_STATE_DICT"
+    assert plugin.auto_wrap_policy is transformer_auto_wrap_policy and plugin.state_dict_type.name == PARTS
 
 
 # --- Kubernetes ---

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_remote_code import BLIP2, WRITER, build_blip2
-from tiny import BERT, GPT2, MODELS, widen
+from tiny import BERT, GPT2, MODELS, SEQ2SEQ, widen
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
 import hf_custom
@@ -28,7 +28,7 @@ def edit(file, **changes):
     file.write_text(json.dumps({**content, **changes}))
 
 
-@pytest.mark.parametrize("row", MODELS, ids=lambda row: row.name)
+@pytest.mark.parametrize("row", MODELS + SEQ2SEQ, ids=lambda row: row.name)
 def test_model_comes_back_as_its_class(row, tmp_path):
     model = row.build()
     model.save_pretrained(tmp_path)

@@ -7,7 +7,7 @@ from reference import assert_near
 from torch import nn
 
 from hf_custom import matmul
-from hf_custom.layers import Conv1D, _ActivatedAffine, project_activated
+from hf_custom.layers import Conv1D, Linear, _ActivatedAffine, project_activated
 from hf_custom.matmul import affine, is_plain_linear, linear, project, times, times_transposed
 
 # Of float32 sums over as many as 1,024 products, relative to the largest.
@@ -336,6 +336,7 @@ PROJECTIONS = {
     "linear": lambda: nn.Linear(330, 40),
     "linear without bias": lambda: nn.Linear(330, 40, bias=False),
     "conv1d": lambda: Conv1D(40, 330),
+    "projection": lambda: Linear(40, 330),
 }
 each_projection = pytest.mark.parametrize("make", PROJECTIONS.values(), ids=PROJECTIONS)
 

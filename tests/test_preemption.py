@@ -32,7 +32,7 @@ def rows(count=ROWS):
     return [{"input_ids": row, "labels": row} for row in ids]
 
 
-def build_trainer(folder, *callbacks, model=None, **arguments):
+def build_trainer(folder, *callbacks, model=None, trainer_class=Trainer, **arguments):
     """Two epochs of three steps by default."""
     arguments = {
         "per_device_train_batch_size": 4,
@@ -46,7 +46,7 @@ def build_trainer(folder, *callbacks, model=None, **arguments):
         "report_to": [],
         **arguments,
     }
-    return Trainer(
+    return trainer_class(
         model or build_model(),
         TrainingArguments(folder, **arguments),
         train_dataset=rows(24),

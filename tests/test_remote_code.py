@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import BERT, GPT2, MODELS, VISION, widen
+from tiny import BERT, GPT2, MODELS, SEQ2SEQ, VISION, widen
 
 import hf_custom
 
@@ -74,14 +74,15 @@ for source, target in pairwise(folders):
 
 QFORMER = {name: BERT[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")}
 QFORMER |= {"intermediate_size": 48, "bos_token_id": 97}
+ROWS = MODELS + SEQ2SEQ
 # The model without a head, the first of each family.
-BASES = {row.config_class: row for row in reversed(MODELS)}
+BASES = {row.config_class: row for row in reversed(ROWS)}
 # Folders that the model without a head is loaded from too: of each family, of a decoder, and of one with images.
-HEADS = ("GPT2ForCausalLM", "BertForMaskedLM", "BertForCausalLM", "BertForVisualQuestionAnswering")
+HEADS = ("GPT2ForCausalLM", "BertForMaskedLM", "BertForCausalLM", "BertForVisualQuestionAnswering", "Seq2SeqLM")
 # (class to load, Auto class to load it by, class that was saved); no Auto class serves some classes.
 CASES = {
     f"{row.name} by {auto_name} from {saved.name}": (row, auto_name, saved)
-    for saved in MODELS
+    for saved in ROWS
     for row in (saved, *([BASES[saved.config_class]] if saved.name.endswith(HEADS) else []))
     for auto_name in [name for name, named in row.config_class.auto_classes.items() if named.endswith(f".{row.name}")]
     or [None]
@@ -104,7 +105,7 @@ OTHERS = {
     if auto_name != "AutoConfig"
 }
 each_blip2 = pytest.mark.parametrize("model_class", BLIP2, ids=lambda model_class: model_class.__name__)
-each_class = pytest.mark.parametrize("row", MODELS, ids=lambda row: row.name)
+each_class = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 
 
 @cache
@@ -180,7 +181,7 @@ def generations(tmp_path_factory):
     """Models saved here, by a process without the package from these, and again from what it saved."""
     root = tmp_path_factory.mktemp("remote")
     folders = [root / name for name in ("first", "second", "third")]
-    models = {row.name: row.build() for row in MODELS}
+    models = {row.name: row.build() for row in ROWS}
     models |= {model_class.__name__: build_blip2(model_class) for model_class in BLIP2}
     models[TOWER.__name__] = widen(TOWER(hf_custom.CustomBlip2VisionConfig(**VISION)))
     for name, model in models.items():
@@ -231,4 +232,4 @@ def test_base_of_a_remote_model_is_saved_with_its_code(row, generation, generati
 
 def test_every_auto_class_is_tried():
     tried = {auto_name for _, auto_name, _ in CASES.values()}
-    assert tried == {None} | {name for row in MODELS for name in row.config_class.auto_classes} - {"AutoConfig"}
+    assert tried == {None} | {name for row in ROWS for name in row.config_class.auto_classes} - {"AutoConfig"}

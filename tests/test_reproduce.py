@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,9 @@ def test_row_is_understood_by_its_script(name):
     row = reproduce.ROWS[name]
     script = __import__(f"training.{row.script}", fromlist=["ARGUMENTS"])
     recipe = str(reproduce.RECIPES / row.recipe)
-    files = [word for flag, file in row.files.items() for word in (f"--{flag}", file)]
+    files = [word for flag, names in row.files.items() for word in (f"--{flag}", *names.split())]
     parts = parse_arguments(script.ARGUMENTS, [recipe, *files, *row.flags], "")
-    expected = [row.files["files"]] if row.files else None
+    expected = row.files["files"].split() if row.files else None
     assert any(part.files == expected for part in parts if hasattr(part, "files"))
 
 
@@ -29,7 +30,8 @@ def test_row_goes_on_from_an_earlier_one_without_stock():
     for name, row in reproduce.ROWS.items():
         if row.after is not None:
             assert names.index(row.after) < names.index(name) and not row.has_stock
-            assert reproduce.ROWS[row.after].script == row.script
+            # A tagger goes on from the language models of another script.
+            assert reproduce.ROWS[row.after].script in (row.script, "run_elmo")
 
 
 def record(folder, name, **systems):
@@ -83,6 +85,20 @@ def test_both_contenders_run_alike_and_are_recorded(tmp_path, commands, capsys):
     assert (result["ours"]["metrics"], result["stock"]["metrics"]) == ({"accuracy": 0.75}, {"accuracy": 0.5})
     assert str(tmp_path) not in json.dumps(result)
     assert "sst5: left out, because" in capsys.readouterr().out
+
+
+def test_several_seeds_are_averaged_and_kept(tmp_path, commands, monkeypatch):
+    row = replace(reproduce.ROWS["tatoeba"], files={}, seeds=(3, 4, 5))
+    monkeypatch.setitem(reproduce.ROWS, "tatoeba", row)
+    reproduce_only(tmp_path, "tatoeba")
+    seeds = [command[command.index("--seed") + 1] for command in commands]
+    assert seeds == ["3", "4", "5"] * 2 and len({command[-1] for command in commands}) == 6
+    assert [("--stock" in command) for command in commands] == [False] * 3 + [True] * 3
+    assert not any("--model_name_or_path" in command for command in commands)
+    result = json.loads((tmp_path / "metrics" / "tatoeba.json").read_text())
+    for system, score in (("ours", 0.75), ("stock", 0.5)):
+        assert result[system]["metrics"] == {"test BLEU": score}
+        assert result[system]["seeds"] == dict.fromkeys("345", {"test BLEU": score})
 
 
 def test_second_stage_goes_on_from_the_first(tmp_path, commands):

@@ -22,10 +22,13 @@ from training import (
     run_blip2,
     run_classification,
     run_clm,
+    run_elmo,
     run_image_text,
     run_mlm,
     run_qa,
     run_token_classification,
+    run_translation,
+    run_word2vec,
 )
 from training.args import DataArguments, ModelArguments, parse_arguments, read_recipe
 from training.tokenizer import train_tokenizer
@@ -226,9 +229,13 @@ SCRIPTS = {
     "classification": run_classification,
     "token_classification": run_token_classification,
     "qa": run_qa,
+    "translation": run_translation,
     "vqa": run_image_text,
     "matching": run_image_text,
     "blip2": run_blip2,
+    "elmo": run_elmo,
+    "lstm": run_elmo,
+    "word2vec": run_word2vec,
 }
 
 
@@ -296,13 +303,14 @@ def test_readme_python_runs(smoke, stock):
         exec(block, variables)
         classes.append(type(variables["model"]))
     causal = hf_custom.CustomGPT2ForCausalLM
-    assert classes == [causal, causal, hf_custom.CustomBertForVisualQuestionAnswering]
+    assert classes == [causal, causal, causal, hf_custom.CustomBertForVisualQuestionAnswering]
 
 
-def test_readme_commands_exist():
-    """Scripts, files and recipes that the README names are there."""
-    text = (ROOT / "README.md").read_text()
-    for path in re.findall(r"`((?:hf_custom|training)/[\w/.]+)`", text):
+@pytest.mark.parametrize("page", ["README.md", "docs/classics.md", "docs/distributed.md"])
+def test_commands_of_a_page_exist(page):
+    """Scripts, files and recipes that it names are there."""
+    text = (ROOT / page).read_text()
+    for path in re.findall(r"`((?:docs|hf_custom|hub_cards|tests|training)/[\w/.]+)`", text):
         assert (ROOT / path).exists(), path
     for module in re.findall(r"python -m ([\w.]+)", text):
         path = ROOT / module.replace(".", "/")

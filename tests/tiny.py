@@ -14,9 +14,13 @@ from transformers import GPT2Tokenizer
 
 import hf_custom
 from hf_custom.configuration_bert import CustomBertConfig
+from hf_custom.configuration_elmo import CustomElmoConfig
 from hf_custom.configuration_gpt2 import CustomGPT2Config
+from hf_custom.configuration_transformer import CustomTransformerConfig
 
 BATCH, LENGTH, VOCAB, LABELS = 3, 11, 99, 3
+# Of the target of an encoder-decoder, whose source has `LENGTH` tokens.
+TARGET_LENGTH = 7
 
 GPT2 = {
     "vocab_size": VOCAB,
@@ -61,6 +65,53 @@ VISION = {
     "patch_size": 4,
 }
 BERT_WITH_IMAGES = {**BERT, "vision_config": VISION}
+
+TRANSFORMER = {
+    "vocab_size": VOCAB,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_layers": 3,
+    "decoder_attention_heads": 2,
+    "decoder_ffn_dim": 40,
+    "max_position_embeddings": 64,
+    "bos_token_id": 97,
+    "eos_token_id": 97,
+    "pad_token_id": 98,
+    "decoder_start_token_id": 97,
+    "dropout": 0.0,
+}
+
+
+# Words in both directions.
+ELMO = {
+    "vocab_size": VOCAB,
+    "input_type": "words",
+    "num_hidden_layers": 2,
+    "cell_size": 32,
+    "projection_size": 16,
+    "cell_clip": None,
+    "proj_clip": None,
+    "bos_token_id": 97,
+    "eos_token_id": 97,
+    "pad_token_id": 98,
+    "num_labels": LABELS,
+    "lstm_dropout": 0.0,
+    "classifier_dropout": 0.0,
+}
+# Without sequences, so that the conformance suite has nothing to run over it; its own tests do the same.
+WORD2VEC = {
+    "vocab_size": 41,
+    "hidden_size": 12,
+    "objective": "cbow",
+    "window_size": 3,
+    "num_negatives": 4,
+    "subsample_threshold": 0.02,
+}
+LSTM_LM = {**ELMO, "bidirectional": False, "tie_word_embeddings": True}
+# Ids of characters in a word.
+CHARACTERS = 8
 
 
 @dataclass(frozen=True)
@@ -140,6 +191,30 @@ class TinyModel:
             inputs[self.index_argument] = (inputs["attention_mask"] * torch.arange(LENGTH)).argmax(-1)
         return inputs
 
+    def mask_of(self, output: str, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Which tokens of an output are real."""
+        return inputs["attention_mask"].bool()
+
+    @property
+    def id_arguments(self) -> tuple[str, ...]:
+        """Arguments that hold ids; labels of tokens are shaped as the last."""
+        return ("input_ids",)
+
+    @property
+    def reads_characters(self) -> bool:
+        """Whether ids name characters, which no vocabulary numbers."""
+        return False
+
+    @staticmethod
+    def embedding_width(model) -> int:
+        """Width of the vectors of ids."""
+        return model.config.hidden_size
+
+    @staticmethod
+    def resize(model, size: int) -> None:
+        """Give the vocabulary another size."""
+        model.resize_token_embeddings(size)
+
     @staticmethod
     def alone(inputs: dict[str, torch.Tensor], index: tuple[int, ...]) -> dict[str, torch.Tensor]:
         """One sequence of the inputs without its padding, and its image."""
@@ -148,6 +223,58 @@ class TinyModel:
         if "pixel_values" in inputs:
             found["pixel_values"] = inputs["pixel_values"][index][None]
         return found
+
+
+@dataclass(frozen=True)
+class TinySeq2Seq(TinyModel):
+    """A model with two streams: a source of `LENGTH` tokens and a target of `TARGET_LENGTH`."""
+
+    def inputs(self, batch: int = BATCH, length: int = LENGTH, padding: str | None = None) -> dict[str, torch.Tensor]:
+        """Both streams; of the target every row but the last is shortened, always on the right."""
+        inputs = super().inputs(batch, length, padding)
+        target = super().inputs(batch, TARGET_LENGTH, None if padding is None else "right")
+        return {**inputs, **{f"decoder_{name}": tensor.flip(0) for name, tensor in target.items()}}
+
+    @staticmethod
+    def resize(model, size):
+        model.resize_token_embeddings(size)
+        if not model.config.share_encoder_decoder_embeddings:
+            model.resize_decoder_token_embeddings(size)
+
+    def mask_of(self, output, inputs):
+        return inputs["attention_mask" if output.startswith("encoder") else "decoder_attention_mask"].bool()
+
+    @property
+    def id_arguments(self):
+        return ("input_ids", "decoder_input_ids")
+
+    def alone(self, inputs, index):
+        masks = {name: inputs[name.replace("input_ids", "attention_mask")].bool() for name in self.id_arguments}
+        return {name: inputs[name][index][mask[index]][None] for name, mask in masks.items()}
+
+
+@dataclass(frozen=True)
+class TinyElmo(TinyModel):
+    """A recurrent model, without attention; of characters, the ids have one more axis."""
+
+    @property
+    def reads_characters(self):
+        return self.fields["input_type"] == "characters"
+
+    @staticmethod
+    def embedding_width(model):
+        return model.get_input_embeddings().embedding_dim
+
+    def inputs(self, batch: int = BATCH, length: int = LENGTH, padding: str | None = None) -> dict[str, torch.Tensor]:
+        inputs = super().inputs(batch, length, padding)
+        if self.reads_characters:
+            ids = torch.randint(1, VOCAB, (batch, length, CHARACTERS))
+            inputs["input_ids"] = ids * inputs["attention_mask"][..., None]
+        return inputs
+
+    @staticmethod
+    def alone(inputs, index):
+        return {"input_ids": inputs["input_ids"][index][inputs["attention_mask"][index].bool()][None]}
 
 
 def widen(model, std: float = 0.2):
@@ -290,10 +417,74 @@ VARIANTS = [
         variant="-with-images",
     ),
 ]
+# Encoder-decoders, for the tests that know of a source and a target.
+SEQ2SEQ = [
+    TinySeq2Seq(hf_custom.CustomTransformerModel, CustomTransformerConfig, TRANSFORMER, lambda b, t: {}),
+    TinySeq2Seq(
+        hf_custom.CustomTransformerForSeq2SeqLM,
+        CustomTransformerConfig,
+        TRANSFORMER,
+        lambda b, t: {"labels": _ids(b, TARGET_LENGTH)},
+        is_generative=True,
+    ),
+]
+
+# Without attention, for the tests that do not look at it.
+CLIPPED = {"cell_clip": 0.5, "proj_clip": 0.3}
+BY_CHARACTERS = {
+    **ELMO,
+    "input_type": "characters",
+    "max_characters_per_token": CHARACTERS,
+    "character_embedding_size": 5,
+    "filters": [[1, 4], [3, 6]],
+}
+RECURRENT = [
+    TinyElmo(hf_custom.CustomElmoModel, CustomElmoConfig, ELMO, lambda b, t: {}),
+    TinyElmo(
+        hf_custom.CustomElmoModel,
+        CustomElmoConfig,
+        BY_CHARACTERS,
+        lambda b, t: {},
+        head_options=({}, CLIPPED),
+        variant="-by-characters",
+    ),
+    TinyElmo(
+        hf_custom.CustomElmoForPreTraining,
+        CustomElmoConfig,
+        ELMO,
+        lambda b, t: {"labels": _ids(b, t)},
+        head_options=({}, {"tie_word_embeddings": True}, {"bidirectional": False}),
+    ),
+    TinyElmo(
+        hf_custom.CustomElmoForCausalLM,
+        CustomElmoConfig,
+        LSTM_LM,
+        lambda b, t: {"labels": _ids(b, t)},
+        is_generative=True,
+        head_options=({}, UNTIED, CLIPPED, {"projection_size": None}),
+    ),
+    TinyElmo(
+        hf_custom.CustomElmoForTokenClassification,
+        CustomElmoConfig,
+        ELMO,
+        lambda b, t: {"labels": torch.randint(0, LABELS, (b, t))},
+        head_options=({}, {"classifier_lstm_size": 7}, {"classifier_embeddings": True}),
+    ),
+]
 
 # Fields to vary, one at a time, on every model whose configuration has them. `position_embedding_type` is ours; the
 # rest are stock's.
 OPTIONS = {
+    CustomElmoConfig: [
+        {},
+        CLIPPED,
+        {"bidirectional": False},
+        {"use_skip_connections": False},
+        {"projection_size": None},
+        {"do_layer_norm": True},
+        {"pooling_type": "max"},
+        {"pooling_type": "ends"},
+    ],
     CustomGPT2Config: [
         {},
         {"position_embedding_type": "sinusoidal"},
@@ -305,6 +496,7 @@ OPTIONS = {
         {"activation_function": "relu"},
         {"activation_function": "gelu"},
         {"layer_norm_epsilon": 0.1},
+        {"projection_layout": "linear"},
         UNTIED,
     ],
     CustomBertConfig: [
@@ -317,6 +509,15 @@ OPTIONS = {
         {"hidden_act": "gelu_new"},
         {"layer_norm_eps": 0.1},
         {"chunk_size_feed_forward": 4},
+        UNTIED,
+    ],
+    CustomTransformerConfig: [
+        {},
+        {"norm_first": True},
+        {"share_encoder_decoder_embeddings": False},
+        {"scale_embedding": False},
+        {"activation_function": "gelu"},
+        {"layer_norm_eps": 0.1},
         UNTIED,
     ],
 }

@@ -29,6 +29,9 @@ class DataArguments:
     text_column: str = field(default="text", metadata={"help": "column that holds the text"})
     validation_fraction: float = field(default=0.1, metadata={"help": "share of the text to hold out"})
     streaming: bool = field(default=False, metadata={"help": "read the data as it is needed (needs --max_steps)"})
+    shuffle_buffer: int = field(
+        default=0, metadata={"help": "rows of a stream among which the next is drawn; 0 for their own order"}
+    )
     block_size: int = field(default=256, metadata={"help": "tokens in a training row"})
     num_proc: int | None = field(default=None, metadata={"help": "processes that tokenize"})
     quarantine: str | None = field(
@@ -38,6 +41,11 @@ class DataArguments:
     def __post_init__(self):
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"--validation_fraction is {self.validation_fraction} but a share lies between 0 and 1.")
+        if self.shuffle_buffer < 0 or (self.shuffle_buffer and not self.streaming):
+            raise ValueError(
+                f"--shuffle_buffer is {self.shuffle_buffer} but counts rows of a stream, drawn from at random. Pass "
+                "--streaming with it; other data is always shuffled."
+            )
         if self.block_size < 2:
             raise ValueError(f"--block_size is {self.block_size} but a row needs at least 2 tokens.")
 

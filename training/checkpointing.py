@@ -1,9 +1,10 @@
 """Checkpoints that are whole or not there, and are known to be so.
 
 A checkpoint is written to a folder aside, flushed to the disk and given a manifest with the size and the SHA-256 of
-every file; then one rename puts it in place. What is resumed is the newest that agrees with its manifest; older ones
-are the fall-back, and the oldest goes only when a newer one stands. The manifest also says what the run was: resuming
-it with other data, another number of processes or another batch size would not be the same run, and is refused.
+every file; one rename puts it in place when the next step's loss has shown that its weights are sound. What is resumed
+is the newest that agrees with its manifest; older ones are the fall-back, and the oldest goes only when a newer one
+stands. The manifest also says what the run was: resuming it with other data, another number of processes or another
+batch size would not be the same run, and is refused.
 
 Each function is usable alone; `CustomTrainer` calls them.
 """
@@ -13,18 +14,18 @@ import json
 import os
 import re
 import shutil
-import zipfile
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path, PurePosixPath
 
-import datasets
-import pyarrow as pa
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_custom.checks import check_shard_names
+from training.archives import check_archive
+from training.fingerprints import data_fingerprint
+from training.sharding import check_shards
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -144,7 +145,7 @@ def verify(folder: str | Path) -> dict:
     """Check a checkpoint against its manifest, and that nothing in it can harm who loads it.
 
     Every file is there, of its size and its SHA-256; none is a link or lies elsewhere; an archive of torch is stored
-    plainly, so that it cannot grow; all weights are finite.
+    plainly, so that it cannot grow; what FSDP saved in parts is data and no code; all weights are finite.
 
     Returns:
         The manifest.
@@ -167,29 +168,23 @@ def verify(folder: str | Path) -> dict:
             raise CheckpointError(f"has {path.stat().st_size:,} bytes of {name} where {size:,} were written")
         if _sha256(path) != digest:
             raise CheckpointError(f"has another {name} than was written")
-    try:
-        check_shard_names(folder)
-    except ValueError as error:
-        raise CheckpointError(str(error)) from None
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST):
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    for path in paths:
         if path.relative_to(folder).as_posix() not in manifest["files"]:
             raise CheckpointError(f"holds {path.name}, which was not written with it")
-        if path.suffix in _ARCHIVES:
-            _check_archive(path)
-        elif path.suffix == ".safetensors":
-            _check_finite(path)
+    try:
+        check_shard_names(folder)
+        for path in paths:
+            if path.suffix in _ARCHIVES:
+                check_archive(path, path.name)
+            elif path.suffix == ".safetensors":
+                _check_finite(path)
+        check_shards(folder)
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
     return manifest
-
-
-def _check_archive(file: Path) -> None:
-    if not zipfile.is_zipfile(file):
-        raise CheckpointError(f"holds {file.name}, which is no archive of torch")
-    with zipfile.ZipFile(file) as archive:
-        entries = archive.infolist()
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or (
-        sum(entry.file_size for entry in entries) > file.stat().st_size
-    ):
-        raise CheckpointError(f"holds {file.name}, which would grow when it is read")
 
 
 def _check_finite(file: Path) -> None:
@@ -213,29 +208,6 @@ def newest_verified(output_dir: str | Path) -> tuple[Path | None, list[tuple[str
         except CheckpointError as error:
             skipped.append((folder.name, str(error)))
     return None, skipped
-
-
-def data_fingerprint(dataset) -> str:
-    """SHA-256 over the rows of a data set, in their order; of what has no length only that it is streamed.
-
-    A data set of another kind than `datasets.Dataset` is represented by its length and up to a thousand of its rows.
-    """
-    digest = hashlib.sha256()
-    if isinstance(dataset, datasets.Dataset):
-        digest.update(json.dumps([dataset.column_names, len(dataset)]).encode())
-        for batch in dataset.with_format("arrow").iter(10_000):
-            # Taken, so that equal rows are equal bytes, whatever table they are a part of.
-            for part in batch.take(pa.array(range(len(batch)))).combine_chunks().to_batches():
-                digest.update(part.replace_schema_metadata(None).serialize())
-        return digest.hexdigest()
-    try:
-        length = len(dataset)
-    except TypeError:
-        return "streamed"
-    digest.update(str(length).encode())
-    for row in range(0, length, max(1, length // 1000)):
-        digest.update(repr(dataset[row]).encode())
-    return digest.hexdigest()
 
 
 def describe_run(args, dataset) -> dict[str, object]:
@@ -267,28 +239,29 @@ def check_same_run(folder: str | Path, manifest: dict, run: dict[str, object]) -
 
 
 class Sealer:
-    """Seals checkpoints while training goes on: hashing and flushing take as long as writing does.
+    """Does what a written checkpoint still needs while training goes on: hashing and flushing take as long as writing.
 
-    One at a time; what fails is raised by the next `wait`.
+    One piece of work after another, in their order; what fails is raised by the next `wait`.
     """
 
     def __init__(self):
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="seal")
-        self._job: Future | None = None
+        self._jobs: list[Future] = []
 
-    def start(self, work: Callable[[], None]) -> None:
-        """Begin, after what was begun before has ended."""
-        self.wait()
-        self._job = self._pool.submit(work)
+    def start(self, work: Callable[[], None]) -> Future:
+        """Have it done after what was started before."""
+        self._jobs.append(self._pool.submit(work))
+        return self._jobs[-1]
 
     def wait(self) -> None:
         """Until nothing is left to do.
 
         Raises:
-            Exception: what the work raised.
+            Exception: what the first work that failed raised.
         """
-        job, self._job = self._job, None
-        if job is not None:
+        jobs, self._jobs = self._jobs, []
+        wait(jobs)
+        for job in jobs:
             job.result()
 
 
@@ -299,7 +272,6 @@ __all__ = [
     "check_same_run",
     "checkpoints",
     "clean",
-    "data_fingerprint",
     "describe_run",
     "newest_verified",
     "put_in_place",

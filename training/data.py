@@ -272,9 +272,6 @@ def load_tables(
 ) -> DatasetDict:
     """Splits `train`, `validation` and, where there is one, `test` of the rows that the arguments name.
 
-    A validation split that is missing is drawn from the training rows with `seed`. Where rows were drawn, column `ROW`
-    tells their place in the data as given.
-
     Args:
         embedded: makes the rows when nothing is named.
         quarantine: says what becomes of bad rows, and is told where the rows of each split stood.
@@ -298,6 +295,15 @@ def load_tables(
     for name, rows in splits.items():
         if len(rows) == 0:
             raise ValueError(f"split `{name}` of the data has no rows.")
+    return complete_splits(splits, args, seed, quarantine)
+
+
+def complete_splits(splits: dict[str, Dataset], args: TableArguments, seed: int, quarantine: Quarantine) -> DatasetDict:
+    """The splits in their order, with a validation split, and as many training rows as the arguments ask for.
+
+    A validation split that is missing is drawn from the training rows with `seed`. Where rows were drawn, column `ROW`
+    tells their place in the data as given.
+    """
     rows = splits["train"]
     if "validation" not in splits:
         if len(rows) < 2:

@@ -1,6 +1,7 @@
-"""Tasks made of the language reference by rule, so that every script learns something without the network.
+"""Tasks made by rule, so that every script learns something without the network.
 
-Both take the reference's own marks as truth: what stands in "double quotes" is code, what stands in *asterisks* a term.
+Two are made of the language reference and take its own marks as truth: what stands in "double quotes" is code, what
+stands in *asterisks* a term. One translates numbers into words.
 """
 
 import random
@@ -23,6 +24,13 @@ FEWEST_WORDS = 6
 LONGEST_SENTENCE = 200
 # Share of the questions that are put to a paragraph without the answer.
 UNANSWERABLE = 0.25
+# Numbers to write in words, of one to six digits.
+HOW_MANY_NUMBERS, MOST_DIGITS = 6000, 6
+BELOW_TWENTY = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen"
+).split()
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 
 
 def prose(text: str) -> Iterator[str]:
@@ -94,3 +102,27 @@ def embedded_questions() -> Dataset:
                     }
                 )
     return Dataset.from_list(rows)
+
+
+def number_in_words(number: int) -> str:
+    """A whole number below a million as it is read in English: `1,042` is `one thousand forty-two`."""
+    if number >= 1000:
+        rest = number % 1000
+        return f"{number_in_words(number // 1000)} thousand" + (f" {number_in_words(rest)}" if rest else "")
+    if number >= 100:
+        rest = number % 100
+        return f"{BELOW_TWENTY[number // 100]} hundred" + (f" {number_in_words(rest)}" if rest else "")
+    if number >= 20:
+        rest = number % 10
+        return TENS[number // 10 - 2] + (f"-{BELOW_TWENTY[rest]}" if rest else "")
+    return BELOW_TWENTY[number]
+
+
+def embedded_numbers() -> Dataset:
+    """Different numbers in digits, `source`, and in words, `target`; as many of each length as there are."""
+    random_ = random.Random(0)
+    numbers: dict[int, None] = {}
+    while len(numbers) < HOW_MANY_NUMBERS:
+        digits = random_.randint(1, MOST_DIGITS)
+        numbers[random_.randrange(10**digits)] = None
+    return Dataset.from_list([{"source": f"{number:,}", "target": number_in_words(number)} for number in numbers])

@@ -180,7 +180,10 @@ def _labels_of(inputs, is_shifted: bool) -> torch.Tensor | None:
     return labels if isinstance(labels, torch.Tensor) and not labels.is_floating_point() else None
 
 
-def _last_checkpoint(args: TrainingArguments) -> str:
+def _last_checkpoint(trainer: Trainer) -> str:
+    if hasattr(trainer, "finish_saving"):
+        trainer.finish_saving()
+    args = trainer.args
     folder = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
     return f"The last checkpoint is {folder}." if folder else "There is no checkpoint yet."
 
@@ -227,14 +230,17 @@ class FiniteGuard(TrainerCallback):
         message = _describe(meter.reports(model), state.global_step + 1)
         self.in_a_row += 1
         if self.action == "stop":
-            raise NonFiniteError(f"{message} The weights are as before this step. {_last_checkpoint(args)}")
+            settle_checkpoint(meter.trainer)
+            last = _last_checkpoint(meter.trainer)
+            raise NonFiniteError(f"{message} The weights are as before this step. {last}")
         # An optimizer passes over a parameter without gradient, its decay and its state included.
         optimizer.zero_grad()
         self.skipped += 1
         if self.in_a_row >= self.max_in_a_row:
+            settle_checkpoint(meter.trainer)
             raise NonFiniteError(
                 f"{message} {self.in_a_row} updates in a row were left out, and {self.skipped} in all. "
-                f"{_last_checkpoint(args)}"
+                f"{_last_checkpoint(meter.trainer)}"
             )
         if state.is_world_process_zero:
             logger.warning(f"{message} Its update was left out; {self.skipped} so far.")
@@ -264,6 +270,23 @@ def _describe(reports: list[dict], step: int) -> str:
     return f"step {step}: {'; '.join(parts)}; the gradient norm is {', '.join(norms)}; {gradient}."
 
 
+@dataclass
+class Evidence:
+    """What the weights after a step are judged by: its last micro-batch, and what the losses were before the update."""
+
+    step: int
+    inputs: tuple
+    own_losses: list[float]
+    loss: float
+
+    @classmethod
+    def of(cls, trainer: Trainer, meter: StepMeter) -> "Evidence | None":
+        """That of the last step, if there was one since the start."""
+        if meter.inputs is None or meter.loss is None:
+            return None
+        return cls(trainer.state.global_step, meter.inputs, meter.own_losses, meter.loss)
+
+
 class DivergenceGuard(TrainerCallback):
     """Stops when the loss is far above that of the first steps, and lets no checkpoint of such weights be written.
 
@@ -273,10 +296,12 @@ class DivergenceGuard(TrainerCallback):
     limit does not follow it. After a resume the first steps are those of this start. The loss is taken for one that is
     positive and of the order of 1, as cross-entropy; for others leave the guard out or choose `factor`.
 
-    A bad update shows in the next step's loss, when its weights may be saved already. So before each checkpoint, and at
-    the end of training, the loss of the last micro-batch is computed once more with the new weights: where it is above
-    the limit, which it was not before the update, the run stops and the former checkpoints stay. While the loss itself
-    is above the limit no checkpoint is written. The cost is one forward pass a checkpoint.
+    A bad update shows in the next step's loss, when its weights may be saved already. So a checkpoint gets its name
+    only when that loss, or one soon after it, is at most the limit; until then it waits aside (`CustomTrainer` lets
+    it). Where no next step comes, at the end of training or before a pre-emption, and for a trainer that cannot wait,
+    the loss of the last micro-batch is computed once more with the new weights instead: where it is above the limit,
+    which it was not before the update, the run stops and the former checkpoints stay. That costs one forward pass.
+    While the loss itself is above the limit no checkpoint is written.
 
     A loss that is not finite is `FiniteGuard`'s matter in a step, and this one's before a checkpoint.
 
@@ -300,6 +325,8 @@ class DivergenceGuard(TrainerCallback):
         self._seen = self.above = 0
         self._reference: float | None = None
         self._checked_step = -1
+        # What the checkpoint that waits for the next loss can be judged by without it.
+        self._waiting: Evidence | None = None
 
     @property
     def limit(self) -> float:
@@ -317,18 +344,27 @@ class DivergenceGuard(TrainerCallback):
             return
         if loss <= self.limit:
             self.above = 0
+            self._place()
             if self._seen < self.first_steps:
                 self._seen += 1
                 self._reference = max(loss, -math.inf if self._reference is None else self._reference)
             return
         self.above += 1
         if self.above >= self.patience:
-            self._stop(args, f"step {state.global_step + 1}: the loss is {loss:.4g}", f"for {self.above} steps")
+            self._stop(f"step {state.global_step + 1}: the loss is {loss:.4g}", f"for {self.above} steps")
 
-    def _stop(self, args, what: str, since: str):
+    def _place(self) -> None:
+        if self._waiting is not None:
+            self._waiting = None
+            self.trainer.place_checkpoint()
+
+    def _stop(self, what: str, since: str):
+        if self._waiting is not None:
+            self._waiting = None
+            self.trainer.drop_checkpoint()
         raise DivergenceError(
             f"{what}, {since} above {self.limit:.4g}, which is {self.factor:g} times that of the first steps. "
-            f"{_last_checkpoint(args)} Go on from it with a smaller learning rate, or a longer warm-up."
+            f"{_last_checkpoint(self.trainer)} Go on from it with a smaller learning rate, or a longer warm-up."
         )
 
     def _save_if_sound(self, *args, **kwargs):
@@ -340,36 +376,50 @@ class DivergenceGuard(TrainerCallback):
                     f"is above {self.limit:.4g}."
                 )
             return None
-        self.check_update()
-        return self._save_checkpoint(*args, **kwargs)
+        can_wait, evidence = hasattr(self.trainer, "place_checkpoint"), Evidence.of(self.trainer, self.meter)
+        is_last = self.trainer.control.should_training_stop
+        if is_last or not can_wait:
+            self.check_update()
+        self._save_checkpoint(*args, **kwargs)
+        if can_wait and (is_last or evidence is None):
+            self.trainer.place_checkpoint()
+        elif can_wait:
+            self._waiting = evidence
+
+    def settle(self) -> None:
+        """Judge the checkpoint that waits, if one does, without the loss of a next step. Every process must call it."""
+        if self._waiting is not None:
+            self._judge(self._waiting)
+            self._place()
 
     def on_train_end(self, args, state, control, **kwargs):
+        self.settle()
         # Nothing to compare with where the host has put the best model in the place of the last.
         if not self.above and not (args.load_best_model_at_end and state.best_model_checkpoint):
             self.check_update()
 
     def check_update(self) -> None:
         """Refuse weights under which the last micro-batch has a loss above the limit, unlike before the update."""
-        step = self.trainer.state.global_step
-        if step == self._checked_step or self.meter.inputs is None or self.meter.loss is None:
-            return
-        self._checked_step = step
-        before, size = self.meter.own_losses[-1], dist.get_world_size() if is_distributed() else 1
-        after = self._loss_again()
+        evidence = Evidence.of(self.trainer, self.meter)
+        if evidence is not None and evidence.step != self._checked_step:
+            self._judge(evidence)
+
+    def _judge(self, evidence: "Evidence") -> None:
+        self._checked_step = evidence.step
+        before, size = evidence.own_losses[-1], dist.get_world_size() if is_distributed() else 1
+        after = self._loss_again(*evidence.inputs)
         # The step's loss, had every micro-batch fared as the last. One without labels says nothing.
         share = after / before if before > 0 else 1.0 + 0.0 * after
-        projected = sum_over_ranks([sum(self.meter.own_losses) * share])[0] / size
-        if math.isfinite(self.meter.loss) and not projected <= self.limit:
+        projected = sum_over_ranks([sum(evidence.own_losses) * share])[0] / size
+        if math.isfinite(evidence.loss) and not projected <= self.limit:
             self._stop(
-                self.trainer.args,
-                f"step {step}: its update took the loss from {self.meter.loss:.4g} to {projected:.4g}",
+                f"step {evidence.step}: its update took the loss from {evidence.loss:.4g} to {projected:.4g}",
                 "which is",
             )
 
-    def _loss_again(self) -> float:
-        """Loss of the last micro-batch, scaled as in training; nothing is left changed by it."""
+    def _loss_again(self, inputs, num_items) -> float:
+        """Loss of a micro-batch, scaled as in training; nothing is left changed by it."""
         trainer, model = self.trainer, self.trainer.model_wrapped
-        inputs, num_items = self.meter.inputs
         was_training, device = model.training, trainer.args.device
         model.eval()
         # A loss may draw random numbers.
@@ -382,6 +432,17 @@ class DivergenceGuard(TrainerCallback):
         knows_items = trainer.model_accepts_loss_kwargs and num_items is not None
         is_share = knows_items or trainer.compute_loss_func is not None
         return loss.item() if is_share else loss.item() / trainer.current_gradient_accumulation_steps
+
+
+def settle_checkpoint(trainer: Trainer) -> None:
+    """Have the checkpoint that waits for the next step's loss judged now. Every process must call it.
+
+    Raises:
+        DivergenceError: when its weights are not sound.
+    """
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, DivergenceGuard):
+            callback.settle()
 
 
 def attach_guards(

@@ -15,6 +15,7 @@ import sys
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from statistics import mean
 
 from training.args import read_recipe, user_errors
 
@@ -29,11 +30,13 @@ class Row:
     Attributes:
         script: module of `training`.
         recipe: file of `training/recipes`.
-        files: by flag, relative to the data folder.
+        files: by flag, relative to the data folder; several with blanks between them.
         metric: of the script's metrics.json, the one to show.
         has_stock: whether stock has a class for it, which then runs as well.
         literature: what others report, and who.
         after: row that must have run before, whose model this one goes on from.
+        is_from_nothing: whether stock starts without a checkpoint as well, from the recipe's sizes.
+        seeds: of the runs of each contender, whose mean counts; without, there is one run with the recipe's.
     """
 
     title: str
@@ -45,6 +48,8 @@ class Row:
     literature: str = ""
     flags: tuple[str, ...] = ()
     after: str | None = None
+    is_from_nothing: bool = False
+    seeds: tuple[int, ...] = ()
 
 
 # Ours computes no padding; stock, which does, is spared most of it.
@@ -60,6 +65,16 @@ EMOJI_FILES = {
     "files": "vl/emoji_captions_train.parquet",
     "validation_files": "vl/emoji_captions_val.parquet",
     "test_files": "vl/emoji_captions_test.parquet",
+}
+
+WNUT17_FILES = {
+    "files": "nlp/ner_wnut17_train.jsonl",
+    "validation_files": "nlp/ner_wnut17_dev.jsonl",
+    "test_files": "nlp/ner_wnut17_test.jsonl",
+}
+WIKITEXT2_FILES = {
+    "files": "lm/wikitext2_test.txt lm/wiki_articles.txt lm/books",
+    "validation_files": "lm/wikitext2_valid.txt",
 }
 
 ROWS = {
@@ -94,13 +109,52 @@ ROWS = {
         "WNUT-17 entities",
         "run_token_classification",
         "token_classification_wnut17.yaml",
-        {
-            "files": "nlp/ner_wnut17_train.jsonl",
-            "validation_files": "nlp/ner_wnut17_dev.jsonl",
-            "test_files": "nlp/ner_wnut17_test.jsonl",
-        },
+        WNUT17_FILES,
         "test f1",
         flags=BY_LENGTH,
+    ),
+    "elmo_wnut17_1": Row(
+        "Wikipedia articles and the words of WNUT-17, ELMo from nothing",
+        "run_elmo",
+        "elmo_wnut17_1.yaml",
+        {"files": "lm/wiki_articles.txt", "words_files": "nlp/ner_wnut17_train.jsonl"},
+        "perplexity",
+        has_stock=False,
+    ),
+    "elmo_wnut17_2": Row(
+        "WNUT-17 entities, tagger on this ELMo",
+        "run_token_classification",
+        "token_classification_elmo.yaml",
+        WNUT17_FILES,
+        "test f1",
+        has_stock=False,
+        after="elmo_wnut17_1",
+    ),
+    "elmo_wnut17_without": Row(
+        "WNUT-17 entities, the same tagger without ELMo",
+        "run_token_classification",
+        "token_classification_without_elmo.yaml",
+        WNUT17_FILES,
+        "test f1",
+        has_stock=False,
+    ),
+    "lstm_wikitext2": Row(
+        "WikiText-2's validation text, LSTM of 3.0M weights; trained on other text, its own being absent",
+        "run_elmo",
+        "lstm_wikitext2.yaml",
+        WIKITEXT2_FILES,
+        "perplexity",
+        has_stock=False,
+        literature="a token of 4,096 byte pairs",
+    ),
+    "clm_wikitext2": Row(
+        "the same, GPT-2 of 3.1M weights, for as long",
+        "run_clm",
+        "clm_wikitext2.yaml",
+        WIKITEXT2_FILES,
+        "perplexity",
+        has_stock=False,
+        literature="a token of 4,096 byte pairs",
     ),
     "squad2": Row(
         "SQuAD 2, 16 articles of its dev set, split by paragraph",
@@ -110,6 +164,21 @@ ROWS = {
         "f1",
         literature="in percent; 54.7 by never answering",
         flags=(*BY_LENGTH, "--bf16", "true", "--use_cpu", "true"),
+    ),
+    "tatoeba": Row(
+        "Tatoeba, English to French, 30,000 pairs, from nothing; stock is Marian",
+        "run_translation",
+        "translation_tatoeba.yaml",
+        {
+            "files": "mt/tatoeba_en_fr_train.tsv",
+            "validation_files": "mt/tatoeba_en_fr_val.tsv",
+            "test_files": "mt/tatoeba_en_fr_test.tsv",
+        },
+        "test BLEU",
+        literature="in percent, mean of two seeds",
+        flags=("--bf16", "true", "--use_cpu", "true"),
+        is_from_nothing=True,
+        seeds=(42, 1),
     ),
     "easy_vqa": Row(
         "easy-VQA, from nothing",
@@ -177,20 +246,34 @@ ROWS = {
 
 
 def run(name: str, row: Row, data: Path, checkpoint: str, output: Path, is_stock: bool) -> dict:
-    """Train one contender in a process of its own; its metrics and command."""
-    folder = output / f"{name}-{'stock' if is_stock else 'ours'}"
+    """Train one contender, with each seed in a process of its own; its metrics, their means if several, and command."""
+    options = (name, row, data, checkpoint, output, is_stock)
+    if not row.seeds:
+        return run_once(*options)
+    runs = {seed: run_once(*options, seed) for seed in row.seeds}
+    scores = {seed: found["metrics"] for seed, found in runs.items()}
+    first, *_ = runs.values()
+    means = {metric: mean(each[metric] for each in scores.values()) for metric in first["metrics"]}
+    return {"command": first["command"], "metrics": means, "seeds": scores}
+
+
+def run_once(
+    name: str, row: Row, data: Path, checkpoint: str, output: Path, is_stock: bool, seed: int | None = None
+) -> dict:
+    """One run of a contender."""
+    folder = output / (f"{name}-{'stock' if is_stock else 'ours'}" + ("" if seed is None else f"-seed{seed}"))
     arguments = [f"training.{row.script}", f"training/recipes/{row.recipe}"]
     shown = list(arguments)
-    for flag, file in row.files.items():
-        arguments += [f"--{flag}", str(data / file)]
-        shown += [f"--{flag}", f"DATA/{file}"]
-    if row.has_stock:
+    for flag, files in row.files.items():
+        arguments += [f"--{flag}", *(str(data / file) for file in files.split())]
+        shown += [f"--{flag}", *(f"DATA/{file}" for file in files.split())]
+    if row.has_stock and not row.is_from_nothing:
         arguments += ["--model_name_or_path", checkpoint]
         shown += ["--model_name_or_path", Path(checkpoint).name]
     elif row.after is not None:
         arguments += ["--model_name_or_path", str(output / f"{row.after}-ours")]
         shown += ["--model_name_or_path", f"runs/reproduce/{row.after}-ours"]
-    tail = [*row.flags, *(["--stock"] if is_stock else [])]
+    tail = [*row.flags, *(["--stock"] if is_stock else []), *([] if seed is None else ["--seed", str(seed)])]
     subprocess.run([sys.executable, "-m", *arguments, *tail, "--output_dir", str(folder)], check=True)
     return {
         "command": " ".join(["python", "-m", *shown, *tail]),
@@ -249,7 +332,7 @@ def main(argv: list[str] | None = None) -> None:
     METRICS.mkdir(exist_ok=True)
     for name in args.only or ROWS:
         row = ROWS[name]
-        missing = [file for file in row.files.values() if not (data / file).exists()]
+        missing = [file for files in row.files.values() for file in files.split() if not (data / file).exists()]
         if missing:
             print(f"{name}: left out, because {data} has no {missing[0]}")
             continue

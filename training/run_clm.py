@@ -10,19 +10,27 @@ Examples:
   # from a recipe, with one value changed
   python -m training.run_clm training/recipes/clm_mini.yaml --learning_rate 5e-4
 
+  # the small GPT of the notes, and what it expects after a text: every token's probability
+  python -m training.run_clm training/recipes/clm_notes.yaml --prompts "The class of" "a list"
+
   # two processes on one machine, GPUs or (with --use_cpu) processors
   torchrun --nproc_per_node 2 -m training.run_clm training/recipes/clm_mini.yaml
   accelerate launch --config_file training/accelerate/ddp.yaml -m training.run_clm training/recipes/clm_mini.yaml
 
-  # models that do not fit one GPU
+  # a stream, in random order, whose run goes on where it was interrupted
+  python -m training.run_clm --files rows.jsonl --validation_files held_out.jsonl --streaming --shuffle_buffer 1000 \\
+    --max_steps 10000 --save_strategy steps --save_steps 500 --resume
+
+  # models that do not fit one GPU; the first also divides among processors, where there is no GPU, with --use_cpu
   accelerate launch --config_file training/accelerate/fsdp2.yaml -m training.run_clm \\
     training/recipes/clm_mini.yaml
   accelerate launch --config_file training/accelerate/deepspeed_zero3.yaml -m training.run_clm \\
     training/recipes/clm_mini.yaml
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
@@ -32,6 +40,7 @@ from training import runs
 from training.args import DataArguments, ModelArguments, RunArguments, parse_arguments, user_errors
 from training.data import collate_blocks, load_text, token_stream, tokenize_blocks
 from training.metrics import TextScore, score_text
+from training.next_token import write_next_tokens
 from training.preflight import Quarantine, check_examples, check_precision, check_run
 from training.runs import (
     callbacks,
@@ -56,6 +65,15 @@ DEFAULTS = {
     "eval_strategy": "steps",
     "eval_steps": 100,
 }
+
+
+@dataclass
+class TextArguments(DataArguments):
+    """What to train on, and what to show of the finished model."""
+
+    prompts: list[str] | None = field(
+        default=None, metadata={"help": "texts after which every token's probability is written to next_tokens.tsv"}
+    )
 
 
 @dataclass
@@ -131,10 +149,14 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, training_args:
                 data_args.num_proc,
             )
 
+    train_blocks = blocks("train")
+    if data_args.shuffle_buffer:
+        seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
+        train_blocks = train_blocks.shuffle(seed=seed, buffer_size=data_args.shuffle_buffer)
     trainer = CustomTrainer(
         model=model,
         args=training_args,
-        train_dataset=blocks("train"),
+        train_dataset=train_blocks,
         eval_dataset=blocks("validation") if training_args.eval_strategy != "no" else None,
         processing_class=tokenizer,
         data_collator=collate_blocks,
@@ -156,7 +178,14 @@ def measure(run: Run) -> dict[str, float]:
     return {"perplexity": score.perplexity, "bits per byte": score.bits_per_byte}
 
 
-ARGUMENTS = (ModelArguments, DataArguments, RunArguments)
+def show_next_tokens(run: Run) -> None:
+    """What the finished model expects after each prompt, in the output folder."""
+    prompts, trainer = run.data.prompts, run.trainer
+    if prompts and trainer.is_world_process_zero() and not is_sharded(trainer):
+        write_next_tokens(run.model, run.tokenizer, prompts, Path(trainer.args.output_dir) / "next_tokens.tsv")
+
+
+ARGUMENTS = (ModelArguments, TextArguments, RunArguments)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -164,7 +193,9 @@ def main(argv: list[str] | None = None) -> None:
         arguments = parse_arguments(ARGUMENTS, argv, __doc__, **DEFAULTS)
         run = prepare(*arguments)
     train(run.trainer)
-    finish(run.trainer, run.data.description, measure(run), block_size=run.data.block_size)
+    metrics = measure(run)
+    show_next_tokens(run)
+    finish(run.trainer, run.data.description, metrics, block_size=run.data.block_size)
 
 
 if __name__ == "__main__":

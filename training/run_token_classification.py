@@ -45,6 +45,8 @@ from training.runs import (
     check_length,
     choose_learning_rate,
     finish,
+    input_type_of,
+    parse_overrides,
     prepare_config,
     prepare_model,
     prepare_tokenizer,
@@ -52,6 +54,7 @@ from training.runs import (
 )
 from training.tagging import IGNORED, encode_words, find_labels, read_tags, score_tags
 from training.trainer import CustomTrainer
+from training.words import Lexicon, WordCollator, encode_tagged
 
 DEFAULTS = {**FINE_TUNING_DEFAULTS, "preset": "bert-mini", "output_dir": "runs/token_classification"}
 EMBEDDED = "code and terms marked in Python's language reference (`pydoc_data.topics`)"
@@ -68,6 +71,10 @@ class TaggingArguments:
     )
     label_all_tokens: bool = field(
         default=False, metadata={"help": "train on every sub-token of a word, not on its first alone"}
+    )
+    task_fields: str | None = field(
+        default=None,
+        metadata={"help": "fields of the configuration for this task, of a checkpoint too, as `freeze_bilm=true`"},
     )
 
 
@@ -111,10 +118,10 @@ def load_rows(
 
 
 def prepare_labels(
-    model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase, labels: list[str]
+    model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase, labels: list[str], task_fields: str | None = None
 ) -> tuple[PreTrainedConfig, list[str]]:
     """The configuration with the labels in it, and the labels, in the order of a checkpoint that has the same."""
-    config = prepare_config(model_args, tokenizer)
+    config = prepare_config(model_args, tokenizer, **parse_overrides(task_fields))
     known = [config.id2label[number] for number in range(config.num_labels)]
     labels = known if set(known) == set(labels) else labels
     config.id2label = dict(enumerate(labels))
@@ -132,24 +139,33 @@ def prepare(
     quarantine = Quarantine(data_args.quarantine, training_args.process_index == 0)
     splits = load_rows(data_args, tagging, training_args.seed, quarantine)
     labels = find_labels(splits, tagging.label_all_tokens, quarantine.origins)
+    kind = input_type_of(model_args) or "wordpiece"
     tokenizer = prepare_tokenizer(
-        model_args, training_args, lambda: (" ".join(words) for words in splits["train"]["tokens"]), "wordpiece"
+        model_args, training_args, lambda: (" ".join(words) for words in splits["train"]["tokens"]), kind
     )
-    config, labels = prepare_labels(model_args, tokenizer, labels)
+    config, labels = prepare_labels(model_args, tokenizer, labels, tagging.task_fields)
     check_length("max_length", data_args.max_length, config)
     prepare_padding(tokenizer)
     prepare_padding_of(config, tokenizer)
     model = prepare_model(AutoModelForTokenClassification, model_args, config, "tags")
     check_run(model, training_args)
     encoded, cut = DatasetDict(), {}
+    # A token a word: sub-tokens have no part in it.
+    lexicon = Lexicon(tokenizer) if hasattr(tokenizer, "encode_words") else None
+    if lexicon is not None:
+        # Words, not their characters.
+        training_args.include_num_input_tokens_seen = "non_padding"
     for split, rows in splits.items():
         with training_args.main_process_first(desc="tokenizing"):
             # Scored by the word, however it is trained.
             every = tagging.label_all_tokens and split == "train"
-            found, cut[split] = encode_words(rows, tokenizer, labels, data_args.max_length, every)
+            if lexicon is None:
+                found, cut[split] = encode_words(rows, tokenizer, labels, data_args.max_length, every)
+            else:
+                found, cut[split] = encode_tagged(rows, lexicon, labels, data_args.max_length)
         encoded[split] = check_examples(
             found,
-            vocab_size=config.vocab_size,
+            vocab_size=config.vocab_size if lexicon is None else len(lexicon),
             num_labels=len(labels),
             max_length=data_args.max_length,
             where=quarantine.origin(split),
@@ -164,7 +180,7 @@ def prepare(
         train_dataset=encoded["train"],
         eval_dataset=encoded["validation"],
         processing_class=tokenizer,
-        data_collator=DataCollatorForTokenClassification(tokenizer),
+        data_collator=DataCollatorForTokenClassification(tokenizer) if lexicon is None else WordCollator(lexicon),
         compute_metrics=make_compute_metrics(labels),
         preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
         callbacks=callbacks(training_args),

@@ -53,19 +53,24 @@ ENDS = (CheckpointError, NotSavedError, NonFiniteError, DivergenceError, LostPro
 
 
 def prepare_tokenizer(
-    model_args: ModelArguments, training_args: RunArguments, texts: Callable[[], Iterator[str]] | None, kind: str
+    model_args: ModelArguments,
+    training_args: RunArguments,
+    texts: Callable[[], Iterator[str]] | None,
+    kind: str,
+    folder: str | None = None,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer that is named, that of the checkpoint, or a new one of `kind` trained on the training text.
 
     Args:
         texts: gives the training text; `None` when the data is token ids already.
+        folder: for a new one; the output folder when not given.
     """
     name = model_args.tokenizer_name or model_args.model_name_or_path
     if name is not None:
         return AutoTokenizer.from_pretrained(name)
     if texts is None:
         raise ValueError("the data is token ids already. Name the tokenizer that made them with --tokenizer_name.")
-    folder = training_args.output_dir
+    folder = folder or training_args.output_dir
     # One process trains it and the others read it, so that all have the same.
     with training_args.main_process_first(desc="tokenizer"):
         if training_args.process_index == 0:
@@ -110,12 +115,20 @@ def prepare_config(model_args: ModelArguments, tokenizer: PreTrainedTokenizerBas
     return config
 
 
+def input_type_of(model_args: ModelArguments) -> str | None:
+    """What a new ELMo reads, `characters` or `words`; `None` of a checkpoint and of another model."""
+    if model_args.model_name_or_path is not None:
+        return None
+    overrides = parse_overrides(model_args.config_overrides)
+    return getattr(preset_config(model_args.preset, **overrides), "input_type", None)
+
+
 def check_length(flag: str, length: int, config: PreTrainedConfig) -> None:
     """Refuse rows longer than the model's positions."""
-    if length > config.max_position_embeddings:
-        raise ValueError(
-            f"--{flag} is {length} but the model has {config.max_position_embeddings} positions. Use no more than that."
-        )
+    # A recurrent model has no end of positions.
+    positions = getattr(config, "max_position_embeddings", length)
+    if length > positions:
+        raise ValueError(f"--{flag} is {length} but the model has {positions} positions. Use no more than that.")
 
 
 def choose_learning_rate(model_args: ModelArguments, training_args: RunArguments, from_nothing: float) -> None:
@@ -166,7 +179,12 @@ def train(trainer: CustomTrainer) -> None:
 
 
 def finish(
-    trainer: CustomTrainer, data: str, metrics: dict[str, float], pictures: dict[str, str] | None = None, **shown
+    trainer: CustomTrainer,
+    data: str,
+    metrics: dict[str, float],
+    pictures: dict[str, str] | None = None,
+    sample: str | None = None,
+    **shown,
 ) -> None:
     """Save the model with its code, draw the curve, write the numbers and the card.
 
@@ -176,12 +194,13 @@ def finish(
         data: what it was trained on, in words.
         metrics: of the held-out data, by name.
         pictures: titles by file name, of pictures in the output folder to show in the card.
+        sample: text that the model wrote, for the card.
         shown: arguments to show in the card beside the Trainer's.
     """
     trainer.save_model(_internal_call=True)
     trainer.save_state()
     if trainer.is_world_process_zero():
-        _write_results(trainer, data, metrics, pictures or {}, shown)
+        _write_results(trainer, data, metrics, pictures or {}, sample, shown)
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
     trainer.end_workers()
@@ -190,7 +209,7 @@ def finish(
     trainer.accelerator.end_training()
 
 
-def _write_results(trainer, data, metrics, pictures, shown):
+def _write_results(trainer, data, metrics, pictures, sample, shown):
     """Curve, numbers and card, in the output folder."""
     output_dir = Path(trainer.args.output_dir)
     name = output_dir.name
@@ -207,6 +226,7 @@ def _write_results(trainer, data, metrics, pictures, shown):
             training=trainer.shown_arguments(**shown),
             curve="loss_curve.png",
             pictures=pictures,
+            sample=sample,
         )
         trainer.create_model_card()
 

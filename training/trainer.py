@@ -2,6 +2,7 @@
 
 import inspect
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from safetensors import SafetensorError
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, has_length
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
@@ -31,8 +33,21 @@ from training.checkpointing import (
     seal,
     verify,
 )
-from training.guards import LostProcessError, attach_guards, lost_processes
+from training.guards import LostProcessError, attach_guards, lost_processes, settle_checkpoint
+from training.length_groups import LengthGroups
 from training.preemption import Preemption
+from training.sharding import (
+    PARTS,
+    SAVE_ERRORS,
+    check_same_kind,
+    is_asked_for,
+    kind_of_checkpoint,
+    kind_of_run,
+    of_own_class,
+    sharded_on_processors,
+    tied_names,
+)
+from training.streams import StreamPosition
 
 logger = logging.get_logger(__name__)
 
@@ -67,18 +82,24 @@ class CustomTrainer(Trainer):
         # Before the host makes a repository.
         _check_hub_strategy(args)
         super().__init__(model, args, *rest, **kwargs)
-        if self.args.fsdp and not self.is_fsdp_enabled:
+        if (self.args.fsdp or is_asked_for()) and not self.is_fsdp_enabled:
             raise ValueError(
                 "--fsdp was asked for but would run as plain data parallelism here. Leave out --use_cpu, start it with "
-                "training/accelerate/fsdp2.yaml, or leave out --fsdp."
+                "training/accelerate/fsdp2.yaml on several GPUs, or on several processors without a GPU beside them, "
+                "or leave out --fsdp."
             )
+        self._is_stream = self.train_dataset is not None and not has_length(self.train_dataset)
         self.add_callback(Preemption())
+        if self._is_stream:
+            self.add_callback(StreamPosition())
         attach_guards(self, nonfinite=getattr(self.args, "on_nonfinite", "stop"))
         self.card: CardRecord | None = None
         self._sealer = Sealer()
         self._run: dict | None = None
         # While a checkpoint is written: the folder aside that stands for the output folder.
         self._saving: Path | None = None
+        # Puts the last checkpoint in place, while that waits for the loss under its weights.
+        self._place: Callable[[], None] | None = None
         if getattr(self.args, "save_trained_only", False) and not hasattr(self.model, "trained_state_dict"):
             raise ValueError(f"--save_trained_only: {type(self.model).__name__} has no frozen parts. Leave it out.")
         if self.args.include_num_input_tokens_seen == "no":
@@ -86,6 +107,10 @@ class CustomTrainer(Trainer):
         self._clock_start = None
         self._clock_tokens = 0
         self._loss_parts: dict[str, list[torch.Tensor]] = {}
+
+    def create_accelerator_and_postprocess(self) -> None:
+        with sharded_on_processors():
+            super().create_accelerator_and_postprocess()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
@@ -96,10 +121,13 @@ class CustomTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, *args, **kwargs):
+        self._start_clock()
+        return super().training_step(*args, **kwargs)
+
+    def _start_clock(self) -> None:
         if self._clock_start is None:
             self._clock_start = time.perf_counter()
             self._clock_tokens = self.state.num_input_tokens_seen
-        return super().training_step(*args, **kwargs)
 
     def evaluate(self, *args, **kwargs):
         start = time.perf_counter()
@@ -107,6 +135,14 @@ class CustomTrainer(Trainer):
         if self._clock_start is not None:
             self._clock_start += time.perf_counter() - start
         return metrics
+
+    def _get_train_sampler(self, train_dataset=None):
+        """Rows grouped by length in an order that no model's random numbers change."""
+        sampler = super()._get_train_sampler(train_dataset)
+        if type(sampler) is not LengthGroupedSampler:
+            return sampler
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return LengthGroups(sampler.batch_size, sampler.lengths, seed)
 
     def _get_eval_sampler(self, eval_dataset):
         """Rows in their order. Grouped by length, as the host would have them under that strategy of training,
@@ -165,7 +201,9 @@ class CustomTrainer(Trainer):
             raise
         finally:
             self.end_workers()
-            self._sealer.wait()
+            # What ended the run, if anything did, is no fault of the weights: their guard would have dropped it.
+            self.place_checkpoint()
+            self.finish_saving()
 
     def end_workers(self) -> None:
         """End data workers that live on from epoch to epoch. Left to the garbage collector they take half a minute."""
@@ -192,23 +230,46 @@ class CustomTrainer(Trainer):
                 manifest = verify(folder)
             except CheckpointError as error:
                 raise CheckpointError(f"{folder} {error}. Name another one, or let --resume choose.") from None
+        try:
+            check_same_kind(folder, self.accelerator)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from None
         if not getattr(self.args, "force_resume", False):
             check_same_run(folder, manifest, self._run)
         return str(folder), lines
 
-    def _run_epoch(self, *args, **kwargs) -> None:
+    def _init_training_state(self, *args, **kwargs) -> tuple[int, int]:
+        """As the host; of a stream the pass in which the checkpoint was made, and its batches by then."""
+        found = super()._init_training_state(*args, **kwargs)
+        positions = [one for one in self.callback_handler.callbacks if isinstance(one, StreamPosition)]
+        if not positions or self.args.ignore_data_skip:
+            return found
+        return positions[0].resume(self.state, self.args.gradient_accumulation_steps, found)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """As the host. What is left at the end of a stream and fills no accumulation is left out: the host would add
+        its gradients to the first update of the next pass."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return ([], None) if self._is_stream and len(batches) < num_batches else (batches, num_items)
+
+    def _run_epoch(self, *args, train_dataloader, **kwargs) -> None:
         """Nothing where a finished run is resumed in mid-epoch: the host would take one step more than it was to."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
-        super()._run_epoch(*args, **kwargs)
+        loader = getattr(train_dataloader, "base_dataloader", train_dataloader)
+        if getattr(loader, "_iterator", None) is not None:
+            # Workers get their seed from torch's generator when they start. Those that stay draw one for each epoch
+            # all the same, for in a resumed run they start in a later one.
+            torch.empty((), dtype=torch.int64).random_()
+        super()._run_epoch(*args, train_dataloader=train_dataloader, **kwargs)
 
     def _get_output_dir(self, trial):
         return super()._get_output_dir(trial) if self._saving is None else str(self._saving)
 
     def _save_checkpoint(self, model, trial) -> None:
-        """As the host, but to a folder aside, which gets its name when it is whole."""
-        self._sealer.wait()
+        """As the host, but to a folder aside, which gets its name from `place_checkpoint`, when it is whole."""
+        self.finish_saving()
         output_dir = Path(self._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
@@ -231,16 +292,36 @@ class CustomTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             step, best = self.state.global_step, self.state.best_model_checkpoint
+            sealed = self._sealer.start(lambda: seal(draft, step, self._run or {}))
 
-            def finish() -> None:
-                seal(draft, step, self._run or {})
+            def place() -> None:
+                # Raises what kept it from being sealed.
+                sealed.result()
                 put_in_place(draft, final)
                 draft.parent.rmdir()
                 rotate(output_dir, self.args.save_total_limit, (best,))
                 if self.args.push_to_hub:
                     self._push(final, step)
 
-            self._sealer.start(finish)
+            self._place = place
+
+    def place_checkpoint(self) -> None:
+        """Let the checkpoint that waits, if one does, have its name. `DivergenceGuard` says when, and says it once."""
+        place, self._place = self._place, None
+        if place is not None:
+            self._sealer.start(place)
+
+    def drop_checkpoint(self) -> None:
+        """Forget the checkpoint that waits; its folder goes with the next that is written, or with the next start."""
+        self._place = None
+
+    def finish_saving(self) -> None:
+        """Wait until every checkpoint that is to have its name has it.
+
+        Raises:
+            OSError: when one could not be sealed or renamed.
+        """
+        self._sealer.wait()
 
     def _name_best(self, output_dir: Path, draft: Path) -> None:
         """The best checkpoint by the name that it will have, in the state of the Trainer and in that of the draft."""
@@ -253,19 +334,46 @@ class CustomTrainer(Trainer):
                 self.state.save_to_json(str(draft / TRAINER_STATE_NAME))
 
     def _load_best_model(self) -> None:
-        self._sealer.wait()
+        settle_checkpoint(self)
+        self.finish_saving()
         self.accelerator.wait_for_everyone()
+        if self.is_fsdp_enabled:
+            # Its name comes from a checkpoint, and torch would run what stands in it.
+            verify(self.state.best_model_checkpoint)
         super()._load_best_model()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the host, and of a model in parts the whole one, in safetensors; its checkpoints keep the parts alone."""
+        is_checkpoint = output_dir is not None and Path(output_dir).name.startswith(PREFIX_CHECKPOINT_DIR)
+        if is_checkpoint or kind_of_run(self.accelerator) != PARTS:
+            super().save_model(output_dir, _internal_call)
+            return
+        # Every process takes part; the first has the result, in the memory of its processor.
+        self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        try:
+            super()._save_optimizer_and_scheduler(output_dir)
+        except SAVE_ERRORS as error:
+            # Torch's own is no `Exception`, so that nothing would handle it.
+            raise OSError(" ".join(str(error).split())) from error
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         is_checkpoint = output_dir is not None and folder.name.startswith(PREFIX_CHECKPOINT_DIR)
         if is_checkpoint and getattr(self.args, "save_trained_only", False):
             state_dict = self.accelerator.unwrap_model(self.model).trained_state_dict()
+        if state_dict and self.is_fsdp_enabled:
+            # Gathered one by one, a weight with two names is two weights.
+            second_names = tied_names(self.model, state_dict)
+            state_dict = {name: value for name, value in state_dict.items() if name not in second_names}
         # The host pickles the arguments, the token among them. No token is ever written, and no pickle is kept.
         token, self.args.hub_token = self.args.hub_token, None
         try:
-            super()._save(output_dir, state_dict)
+            with of_own_class(self.model):
+                super()._save(output_dir, state_dict)
         finally:
             self.args.hub_token = token
         if self.args.should_save:
@@ -362,7 +470,8 @@ class CustomTrainer(Trainer):
 
     def _push(self, checkpoint: Path, step: int) -> None:
         """As the host, in the background, but what may leave alone, and without the card, which needs results."""
-        if self.args.hub_strategy == HubStrategy.END:
+        # Of a model in parts the whole one is there at the end alone.
+        if self.args.hub_strategy == HubStrategy.END or kind_of_checkpoint(checkpoint) == PARTS:
             return
         is_busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
         if is_busy and not self.args.hub_always_push:
@@ -382,7 +491,7 @@ class CustomTrainer(Trainer):
             self.push_in_progress = PushInProgress([job])
 
     def _finish_current_push(self) -> None:
-        self._sealer.wait()
+        self.finish_saving()
         super()._finish_current_push()
         self._say_failed_pushes()
 

@@ -18,6 +18,9 @@ Examples:
   python -m training.benchmarks pretrain
   python -m training.benchmarks caption
 
+  # an encoder-decoder, beside Marian
+  python -m training.benchmarks translate
+
   # generation, hidden states, the loss alone
   python -m training.benchmarks decode
   python -m training.benchmarks encode
@@ -59,13 +62,15 @@ NAMES = {
     "sentences": "bert-base",
     "pretrain": "blip2-vit-g",
     "caption": "blip2-vit-g",
+    "translate": "transformer-base",
 }
 # Stock configuration and class, and the kind of tokenizer, by family.
 FAMILIES = {
     "custom_gpt2": (GPT2Config, GPT2LMHeadModel, "bpe"),
     "custom_bert": (BertConfig, BertForMaskedLM, "wordpiece"),
-    # Its contenders draw the weights themselves.
+    # Their contenders draw the weights themselves.
     "custom_blip2": (None, None, "wordpiece"),
+    "custom_transformer": (None, None, "ended-bpe"),
 }
 # Largest difference between contenders, relative to the largest value: of float32, and of products in bfloat16.
 TOLERANCES = {False: 1e-4, True: 3e-2}

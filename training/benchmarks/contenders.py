@@ -83,6 +83,8 @@ def comparisons(name: str, device: str) -> list[Comparison]:
         )
     if name in ("pretrain", "caption"):
         return _pairs(name, is_gpu)
+    if name == "translate":
+        return _translate(is_gpu)
     if name == "encode":
         length = 1024 if is_gpu else 256
         return _encode({"batch_size": 64 if is_gpu else 8, "batches": 4, "max_length": length}, is_gpu)
@@ -124,6 +126,17 @@ def _pairs(name: str, is_gpu: bool) -> list[Comparison]:
         cached = Setting("ours", **quiet, cached_features=True)
         rows.append(Comparison("kept states of the tower", cached, (ours,), shape))
     return rows
+
+
+def _translate(is_gpu: bool) -> list[Comparison]:
+    """Sentences, and others for their translations."""
+    shape = {"batch_size": 256 if is_gpu else 32, "batches": 4, "max_length": 128, "sentences": True}
+    rows = []
+    for title, bf16 in (("real lengths", False), ("real lengths, bf16", True)):
+        options = {"bf16": bf16, "dropout": 0.0}
+        stock = (Setting("stock", **options), Setting("stock", **options, group_by_length=True))
+        rows.append(Comparison(title, Setting("ours", **options), stock, shape))
+    return rows[1:] if is_gpu else rows
 
 
 def _gpu_train(length: int) -> list[Comparison]:

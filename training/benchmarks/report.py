@@ -45,7 +45,7 @@ def flops_per_token(config: dict, length: float, is_masked: bool = False, has_he
 
 def share_of_machine(result: dict, row: dict, contender: dict) -> str:
     """Useful work as a share of the measured rate: of products for training, of memory for generation."""
-    if result["name"] in ("pretrain", "caption"):
+    if result["name"] in ("pretrain", "caption", "translate"):
         return ""
     config, machine = result["config"], result["machine"]
     rate = machine["matrix_flops"]["bfloat16" if contender["bf16"] else "float32"]

@@ -36,7 +36,7 @@ def paragraphs(folder: str | None, are_sentences: bool = False) -> list[str]:
 
 def tokenizer_for(folder: str | None, texts: list[str], vocab_size: int, kind: str):
     """GPT-2's own tokenizer where the folder has its files and the model its vocabulary; else one trained here."""
-    if kind == "wordpiece":
+    if kind != "bpe":
         return train_tokenizer(iter(texts), kind, min(vocab_size, 8192))
     merges = next(iter(sorted(Path(folder).rglob("merges.txt"))), None) if folder is not None else None
     if merges is not None:

@@ -13,6 +13,7 @@ import torch
 
 from training.benchmarks.measure import peak_memory, reset_peak, synchronize
 from training.benchmarks.pairs import Caption, Pretrain
+from training.benchmarks.translate import Translate
 from training.benchmarks.workloads import Decode, Encode, Loss, Train, TrainMasked, Workload
 
 WORKLOADS = {
@@ -24,6 +25,7 @@ WORKLOADS = {
     "loss": Loss,
     "pretrain": Pretrain,
     "caption": Caption,
+    "translate": Translate,
 }
 
 

@@ -93,7 +93,8 @@ class Train(Workload):
                 loss = self.model(**batch).loss * (count / sum(counts))
             loss.backward()
             total += loss.detach()
-        norm = torch.stack([parameter.grad.norm() for parameter in self.model.parameters()]).norm()
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.requires_grad]
+        norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
         self.optimizer.zero_grad()
         for module, p in dropouts:
             module.p = p
