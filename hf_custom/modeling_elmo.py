@@ -590,8 +590,8 @@ class CustomElmoForTokenClassification(CustomElmoPreTrainedModel):
         self.num_labels = config.num_labels
         self.elmo = CustomElmoModel(config)
         size, units = config.hidden_size, config.classifier_lstm_size
-        self.embeddings = make_embeddings(config) if config.classifier_embeddings else None
-        if self.embeddings is not None:
+        self.word_vectors = make_embeddings(config) if config.classifier_embeddings else None
+        if self.word_vectors is not None:
             size += config.direction_size
         self.dropout = Dropout(config.classifier_dropout)
         self.tagger = nn.LSTM(size, units, bidirectional=True) if units else None
@@ -623,10 +623,10 @@ class CustomElmoForTokenClassification(CustomElmoPreTrainedModel):
         shape = tuple(hidden_states.shape[:2])
         order = order_by_time(attention_mask, position_ids, shape, hidden_states.device, kwargs)
         words = order.take(hidden_states)
-        if self.embeddings is not None:
+        if self.word_vectors is not None:
             if input_ids is None:
                 raise ValueError("`classifier_embeddings` read `input_ids`, but `inputs_embeds` was given. Pass ids.")
-            words = torch.cat((words, self.embeddings(order.take(input_ids))), dim=-1)
+            words = torch.cat((words, self.word_vectors(order.take(input_ids))), dim=-1)
         words = self.dropout(words)
         if self.tagger is not None:
             words = self.dropout(self.tagger(PackedSequence(words, torch.tensor(order.batch_sizes)))[0].data)

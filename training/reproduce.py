@@ -122,7 +122,7 @@ ROWS = {
         has_stock=False,
     ),
     "elmo_wnut17_2": Row(
-        "WNUT-17 entities, tagger on this ELMo",
+        "WNUT-17 entities, tagger with this ELMo beside word vectors of its own",
         "run_token_classification",
         "token_classification_elmo.yaml",
         WNUT17_FILES,

@@ -2,9 +2,9 @@
 
 The two take turns in one process, a short run each, after a round that warms up; medians count. A step is timed from
 its beginning to the next one's, a save by what training waits for. Each run saves in the middle and at its end, where
-no next step shows whether the weights are sound, so that the guard looks for itself, which is timed apart. Sealing goes
-on while training does: the step beside it is timed apart as well, because hashing takes a core from it where all are busy.
-Nothing is printed unless both end with the same weights.
+no next step shows whether the weights are sound, so that the guard looks for itself, which is timed apart. Sealing
+goes on while training does: the step beside it is timed apart as well, because hashing takes a core from it where all
+are busy. Nothing is printed unless both end with the same weights.
 
 Examples:
   python -m training.benchmarks.trainer
