@@ -315,6 +315,22 @@ def test_failure_of_another_kind_keeps_the_waiting_checkpoint(tmp_path):
     assert watch.begin[4] == "12" and watch.names(trainer.args) == "123"
 
 
+def test_failure_while_the_loss_is_high_drops_the_waiting_checkpoint(tmp_path):
+    trainer, watch, _ = build_waiting(tmp_path, save_steps=2, fail_in=4)
+    guard = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, DivergenceGuard))
+    agree = guard.meter.agree
+
+    def agree_scaled():
+        if guard.meter.loss is None:
+            agree()
+            guard.meter.loss *= 5 if trainer.state.global_step == 2 else 1
+
+    guard.meter.agree = agree_scaled
+    with pytest.raises(MemoryError):
+        trainer.train()
+    assert watch.begin[4] == "" and watch.names(trainer.args) == ""
+
+
 class StopAfterSave(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         control.should_training_stop = state.global_step == 4

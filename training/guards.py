@@ -445,6 +445,13 @@ def settle_checkpoint(trainer: Trainer) -> None:
             callback.settle()
 
 
+def is_in_doubt(trainer: Trainer) -> bool:
+    """Whether the last losses were above the limit, so that the checkpoint that waits may be of diverged weights."""
+    return any(
+        callback.above for callback in trainer.callback_handler.callbacks if isinstance(callback, DivergenceGuard)
+    )
+
+
 def attach_guards(
     trainer: Trainer, nonfinite: str = "stop", max_in_a_row: int = 5, divergence_factor: float | None = 3.0
 ) -> None:

@@ -33,7 +33,7 @@ from training.checkpointing import (
     seal,
     verify,
 )
-from training.guards import LostProcessError, attach_guards, lost_processes, settle_checkpoint
+from training.guards import LostProcessError, attach_guards, is_in_doubt, lost_processes, settle_checkpoint
 from training.length_groups import LengthGroups
 from training.preemption import Preemption
 from training.sharding import (
@@ -177,8 +177,8 @@ class CustomTrainer(Trainer):
 
         Raises:
             CheckpointError: for a checkpoint that is not whole, or of another run.
-        NotSavedError: when there is no room for a checkpoint.
-        LostProcessError: when another process is gone.
+            NotSavedError: when there is no room for a checkpoint.
+            LostProcessError: when another process is gone.
         """
         output_dir = Path(self.args.output_dir)
         self._run = describe_run(self.args, self.train_dataset)
@@ -201,7 +201,9 @@ class CustomTrainer(Trainer):
             raise
         finally:
             self.end_workers()
-            # What ended the run, if anything did, is no fault of the weights: their guard would have dropped it.
+            # What ended the run, if anything did, is no fault of the weights, unless the last losses say so.
+            if is_in_doubt(self):
+                self.drop_checkpoint()
             self.place_checkpoint()
             self.finish_saving()
 
