@@ -9,8 +9,8 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from .matmul import is_plain_linear, times, times_transposed
-from .ops import is_traced, padding_of
+from .matmul import is_plain_linear, project, times, times_transposed
+from .ops import is_traced, keep_positions, padding_of
 
 # Rows of hidden states whose logits are in memory together, by default. A CPU works from its cache, and in half
 # precision adds to the float32 gradient as long as it multiplies, so that it should do so less often. An accelerator
@@ -68,6 +68,58 @@ def next_token_labels(
     if is_padding is None:
         return shift_labels
     return shift_labels.masked_fill(is_padding.to(shift_labels.device), ignore_index)
+
+
+def logits_and_loss(
+    model: nn.Module,
+    head: nn.Module,
+    hidden_states: torch.Tensor,
+    labels: torch.LongTensor | None,
+    vocab_size: int,
+    logits_to_keep: int | torch.Tensor = 0,
+    return_logits: bool | None = None,
+    shift_labels: torch.LongTensor | None = None,
+    parts: tuple[nn.Module, nn.Module] | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """What a language model's `head` makes of its states, each of the two `None` where it is not wanted.
+
+    Training with labels computes no logits, unless `return_logits` or a loss that the user has set asks for them.
+
+    Args:
+        model: whose `loss_function`, mode and `loss_chunk_size` hold.
+        hidden_states: (..., T, D).
+        labels: (..., T), -100 where nothing is to be predicted.
+        logits_to_keep: compute logits for the last so many positions only (0: all), or for those indices.
+        shift_labels: the labels moved to the positions that predict them, where `labels` are not there already.
+        parts: the two modules of which `head` consists, where it is more than a projection: the first is called on
+            labelled rows alone while the loss is computed without logits.
+        kwargs: of the loss: `num_items_in_batch`, `label_smoothing`, `z_loss`.
+
+    Returns:
+        logits (..., T or fewer, V) and the loss, a scalar.
+    """
+    if return_logits is None:
+        return_logits = labels is None or not model.training
+    logits = project(head, keep_positions(hidden_states, logits_to_keep)) if return_logits else None
+    if labels is None:
+        return logits, None
+    labels = labels.to(hidden_states.device)
+    has_all = logits is not None and logits.shape[:-1] == labels.shape
+    is_plain = not (kwargs.get("label_smoothing") or kwargs.get("z_loss"))
+    if hasattr(model, "_loss_function") or (has_all and is_plain):
+        # A loss that the user has set reads logits; and logits at hand are not computed again.
+        logits = project(head, hidden_states) if logits is None else logits
+        named = {} if shift_labels is None else {"shift_labels": shift_labels}
+        return logits, model.loss_function(logits, labels, vocab_size=vocab_size, **named, **kwargs)
+    rows, targets = hidden_states.flatten(end_dim=-2), (labels if shift_labels is None else shift_labels).flatten()
+    if parts is not None:
+        transform, head = parts
+        if not is_traced():
+            labelled = (targets != -100).nonzero().squeeze(-1)
+            rows, targets = rows.index_select(0, labelled), targets[labelled]
+        rows = transform(rows)
+    return logits, linear_cross_entropy(rows, head, targets, chunk_size=model.config.loss_chunk_size, **kwargs)
 
 
 def linear_cross_entropy(
@@ -260,4 +312,10 @@ def negative_sampling_loss(
     return -nn.functional.logsigmoid(positive).sum() - noise.sum()
 
 
-__all__ = ["linear_cross_entropy", "negative_sampling_loss", "next_token_labels", "sequence_classification_loss"]
+__all__ = [
+    "linear_cross_entropy",
+    "logits_and_loss",
+    "negative_sampling_loss",
+    "next_token_labels",
+    "sequence_classification_loss",
+]

@@ -32,11 +32,10 @@ from .checks import (
 from .configuration_bert import CustomBertConfig
 from .dropout import Dropout
 from .layers import get_activation
-from .losses import linear_cross_entropy, next_token_labels, sequence_classification_loss
+from .losses import logits_and_loss, next_token_labels, sequence_classification_loss
 from .matmul import project
 from .modeling_bert import CustomBertModel, CustomBertPreTrainedModel
 from .ops import (
-    keep_positions,
     padding_of,
 )
 from .outputs import PreTrainingOutput
@@ -121,28 +120,21 @@ class CustomBertPreTrainedHead(CustomBertPreTrainedModel):
         self.cls.predictions.bias = new_embeddings.bias
 
     def _logits_and_loss(self, hidden_states, labels, logits_to_keep, return_logits, kwargs):
-        """Logits of the positions to keep and the loss of predicting `labels` (B, T), each `None` where not wanted."""
+        """Of predicting `labels` (B, T) where they stand."""
         head = self.cls.predictions
-        if return_logits is None:
-            return_logits = labels is None or not self.training
-        logits = head(keep_positions(hidden_states, logits_to_keep)) if return_logits else None
-        if labels is None:
-            return logits, None
-        labels = labels.to(hidden_states.device)
-        has_all = logits is not None and logits.shape[:-1] == labels.shape
-        is_plain = not (kwargs.get("label_smoothing") or kwargs.get("z_loss"))
-        if hasattr(self, "_loss_function") or (has_all and is_plain):
-            # A loss that the user has set reads logits; and logits at hand are not computed again.
-            logits = head(hidden_states) if logits is None else logits
+        return logits_and_loss(
+            self,
+            head,
+            hidden_states,
+            labels,
+            self.config.vocab_size,
+            logits_to_keep,
+            return_logits,
             # The host's loss of causal models would shift labels that are shifted already.
-            named = {"shift_labels": labels} if self.loss_type == "ForCausalLM" else {}
-            return logits, self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **named, **kwargs)
-        rows, labels = hidden_states.flatten(end_dim=-2), labels.flatten()
-        if not torch.compiler.is_compiling():
-            labelled = (labels != -100).nonzero().squeeze(-1)
-            rows, labels = rows.index_select(0, labelled), labels[labelled]
-        rows, chunk_size = head.transform(rows), self.config.loss_chunk_size
-        return logits, linear_cross_entropy(rows, head.decoder, labels, chunk_size=chunk_size, **kwargs)
+            labels if self.loss_type == "ForCausalLM" else None,
+            (head.transform, head.decoder),
+            **kwargs,
+        )
 
     def _text_and_labels(self, outputs, labels, attention_mask, shape):
         """States of the text without the patches (B, T, D), and the labels that do not stand at padding."""

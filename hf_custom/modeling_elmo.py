@@ -25,10 +25,10 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from .checks import OwnShardsOnly, check_attention_mask, check_ids, check_labels, input_shape
 from .configuration_elmo import NUM_CHARACTERS, WORD_IS_OVER, CustomElmoConfig
 from .dropout import Dropout
-from .losses import linear_cross_entropy, next_token_labels
+from .losses import linear_cross_entropy, logits_and_loss, next_token_labels
 from .lstm import State, TimeOrder, run_lstm
 from .matmul import project
-from .ops import first_attended, keep_positions, last_attended, padding_of
+from .ops import first_attended, last_attended, padding_of
 from .outputs import ElmoModelOutput, ElmoPreTrainingOutput
 from .packing import LENGTH_ARGUMENTS, cache_on_request, find_packing, refuse_restart, unpadding
 
@@ -562,24 +562,23 @@ class CustomElmoForCausalLM(CustomElmoPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        hidden_states = self.dropout(outputs.last_hidden_state)
-        if return_logits is None:
-            return_logits = labels is None or not self.training
-        logits = project(self.lm_head, keep_positions(hidden_states, logits_to_keep)) if return_logits else None
-        loss = self._loss(hidden_states, labels, attention_mask, kwargs) if labels is not None else None
+        shift_labels = kwargs.pop("shift_labels", None)
+        if labels is not None:
+            shift_labels = next_token_labels(labels, attention_mask, shift_labels)
+        logits, loss = logits_and_loss(
+            self,
+            self.lm_head,
+            self.dropout(outputs.last_hidden_state),
+            labels,
+            self.config.vocab_size,
+            logits_to_keep,
+            return_logits,
+            shift_labels,
+            **kwargs,
+        )
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
-
-    def _loss(self, hidden_states, labels, attention_mask, kwargs):
-        shift_labels = next_token_labels(labels, attention_mask, kwargs.pop("shift_labels", None))
-        if hasattr(self, "_loss_function"):
-            # One that the user has set reads logits.
-            logits = project(self.lm_head, hidden_states)
-            return self.loss_function(logits, labels, self.config.vocab_size, shift_labels=shift_labels, **kwargs)
-        chunk_size = self.config.loss_chunk_size
-        rows, targets = hidden_states.flatten(0, 1), shift_labels.flatten()
-        return linear_cross_entropy(rows, self.lm_head, targets, chunk_size=chunk_size, **kwargs)
 
 
 class CustomElmoForTokenClassification(CustomElmoPreTrainedModel):
@@ -611,6 +610,8 @@ class CustomElmoForTokenClassification(CustomElmoPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> TokenClassifierOutput:
         """Compute logits (B, T, L) and, given `labels` (B, T) with -100 ignored, the cross-entropy."""
+        if self.word_vectors is not None and input_ids is None:
+            raise ValueError("`classifier_embeddings` read `input_ids`, but `inputs_embeds` was given. Pass ids.")
         outputs = self.elmo(
             input_ids,
             attention_mask=attention_mask,
@@ -624,8 +625,6 @@ class CustomElmoForTokenClassification(CustomElmoPreTrainedModel):
         order = order_by_time(attention_mask, position_ids, shape, hidden_states.device, kwargs)
         words = order.take(hidden_states)
         if self.word_vectors is not None:
-            if input_ids is None:
-                raise ValueError("`classifier_embeddings` read `input_ids`, but `inputs_embeds` was given. Pass ids.")
             words = torch.cat((words, self.word_vectors(order.take(input_ids))), dim=-1)
         words = self.dropout(words)
         if self.tagger is not None:

@@ -61,11 +61,9 @@ from .layers import (
     get_projection,
     project_activated,
 )
-from .losses import linear_cross_entropy, next_token_labels, sequence_classification_loss
-from .matmul import project
+from .losses import logits_and_loss, next_token_labels, sequence_classification_loss
 from .ops import (
     apply_rotary,
-    keep_positions,
     last_attended,
     merge_heads,
     padding_of,
@@ -268,22 +266,21 @@ class CustomGPT2PreTrainedModel(Divisible, OwnShardsOnly, PreTrainedModel):
             init.zeros_(module.bias)
 
     def _logits_and_loss(self, hidden_states, labels, attention_mask, logits_to_keep, return_logits, kwargs):
-        """Logits of the positions to keep and the language model's loss, each `None` where it is not wanted."""
-        if return_logits is None:
-            return_logits = labels is None or not self.training
-        logits = project(self.lm_head, keep_positions(hidden_states, logits_to_keep)) if return_logits else None
-        if labels is None:
-            return logits, None
-        shift_labels = next_token_labels(labels, attention_mask, kwargs.pop("shift_labels", None))
-        has_all = logits is not None and logits.shape[:-1] == labels.shape
-        is_plain = not (kwargs.get("label_smoothing") or kwargs.get("z_loss"))
-        if hasattr(self, "_loss_function") or (has_all and is_plain):
-            # A loss that the user has set reads logits; and logits at hand are not computed again.
-            logits = project(self.lm_head, hidden_states) if logits is None else logits
-            vocab_size = self.config.vocab_size
-            return logits, self.loss_function(logits, labels, vocab_size, shift_labels=shift_labels, **kwargs)
-        rows, chunk_size = hidden_states.flatten(end_dim=-2), self.config.loss_chunk_size
-        return logits, linear_cross_entropy(rows, self.lm_head, shift_labels.flatten(), chunk_size=chunk_size, **kwargs)
+        """Of predicting each token from those before it."""
+        shift_labels = kwargs.pop("shift_labels", None)
+        if labels is not None:
+            shift_labels = next_token_labels(labels, attention_mask, shift_labels)
+        return logits_and_loss(
+            self,
+            self.lm_head,
+            hidden_states,
+            labels,
+            self.config.vocab_size,
+            logits_to_keep,
+            return_logits,
+            shift_labels,
+            **kwargs,
+        )
 
 
 class CustomGPT2Model(CustomGPT2PreTrainedModel):

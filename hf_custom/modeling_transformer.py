@@ -48,9 +48,9 @@ from .checks import (
 from .configuration_transformer import CustomTransformerConfig
 from .dropout import Dropout
 from .layers import get_activation, project_activated
-from .losses import linear_cross_entropy
+from .losses import logits_and_loss
 from .matmul import project
-from .ops import keep_positions, merge_heads, positions_from_mask, sinusoidal_positions, split_heads
+from .ops import merge_heads, positions_from_mask, sinusoidal_positions, split_heads
 from .packing import LENGTH_ARGUMENTS, cache_on_request, choose_packing
 from .parallel import Divisible
 
@@ -711,7 +711,18 @@ class CustomTransformerForSeq2SeqLM(RepeatsNoHeads, CustomTransformerPreTrainedM
             return_dict=True,
             **kwargs,
         )
-        logits, loss = self._logits_and_loss(outputs.last_hidden_state, labels, logits_to_keep, return_logits, kwargs)
+        if self.training:
+            kwargs = {"label_smoothing": self.config.label_smoothing, **kwargs}
+        logits, loss = logits_and_loss(
+            self,
+            self.lm_head,
+            outputs.last_hidden_state,
+            labels,
+            self.config.decoder_vocab_size,
+            logits_to_keep,
+            return_logits,
+            **kwargs,
+        )
         return Seq2SeqLMOutput(
             loss=loss,
             logits=logits,
@@ -723,25 +734,6 @@ class CustomTransformerForSeq2SeqLM(RepeatsNoHeads, CustomTransformerPreTrainedM
             encoder_hidden_states=outputs.encoder_hidden_states,
             encoder_attentions=outputs.encoder_attentions,
         )
-
-    def _logits_and_loss(self, hidden_states, labels, logits_to_keep, return_logits, kwargs):
-        """Logits of the positions to keep and the loss of predicting `labels` (B, T), each `None` where not wanted."""
-        if return_logits is None:
-            return_logits = labels is None or not self.training
-        logits = project(self.lm_head, keep_positions(hidden_states, logits_to_keep)) if return_logits else None
-        if labels is None:
-            return logits, None
-        labels = labels.to(hidden_states.device)
-        if self.training:
-            kwargs = {"label_smoothing": self.config.label_smoothing, **kwargs}
-        has_all = logits is not None and logits.shape[:-1] == labels.shape
-        is_plain = not (kwargs.get("label_smoothing") or kwargs.get("z_loss"))
-        if hasattr(self, "_loss_function") or (has_all and is_plain):
-            # A loss that the user has set reads logits; and logits at hand are not computed again.
-            logits = project(self.lm_head, hidden_states) if logits is None else logits
-            return logits, self.loss_function(logits, labels, vocab_size=self.config.decoder_vocab_size, **kwargs)
-        rows, chunk_size = hidden_states.flatten(end_dim=-2), self.config.loss_chunk_size
-        return logits, linear_cross_entropy(rows, self.lm_head, labels.flatten(), chunk_size=chunk_size, **kwargs)
 
 
 __all__ = [

@@ -548,8 +548,9 @@ def test_tagger_has_word_vectors_of_its_own_on_request(fields):
     ids = draw_ids() if fields is ELMO else torch.randint(1, 262, (3, 9, 12))
     mask = mask_of([9, 4, 1], 9)
     logits = model(ids, attention_mask=mask).logits
-    vectors = torch.cat((model.elmo(ids).last_hidden_state, model.word_vectors(ids.flatten(0, 1)).view(3, 9, -1)), -1)
-    torch.testing.assert_close(logits[0], model.classifier(vectors[0]), **WITHIN)
+    states = model.elmo(ids, attention_mask=mask).last_hidden_state
+    vectors = torch.cat((states, model.word_vectors(ids.flatten(0, 1)).view(3, 9, -1)), -1)
+    torch.testing.assert_close(logits[mask.bool()], model.classifier(vectors)[mask.bool()], **WITHIN)
     logits.sum().backward()
     trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert any(name.startswith("word_vectors.") for name in trained)
