@@ -415,6 +415,16 @@ def test_text_read_in_chunks_equals_whole(chunks, padding):
     torch.testing.assert_close(torch.cat(logits, dim=1)[real], expected[real], **WITHIN)
 
 
+@torch.no_grad()
+def test_language_model_has_one_loss_whichever_logits_are_computed():
+    model, ids = build(CustomElmoForCausalLM, LSTM_LM), draw_ids()
+    inputs = {"input_ids": ids, "attention_mask": mask_of([9, 4, 1], 9), "labels": ids}
+    expected = model(**inputs, return_logits=False)
+    assert expected.logits is None
+    for options in ({}, {"logits_to_keep": 2}):
+        torch.testing.assert_close(model(**inputs, **options).loss, expected.loss, **WITHIN)
+
+
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True, "top_k": 5}], ids=str)
 @torch.no_grad()
 def test_generation_equals_that_without_state_and_without_padding(options):

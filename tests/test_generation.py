@@ -244,6 +244,21 @@ def test_logits_to_keep_may_differ_by_row(row):
     assert_near(model(**inputs, logits_to_keep=mask).logits, torch.cat((logits[0, 2:3], logits[2, 1:4])))
 
 
+@pytest.mark.parametrize("padding", ["left", "right"])
+@each_model
+@torch.no_grad()
+def test_loss_is_the_same_whichever_logits_are_computed(row, padding):
+    """And whatever labels stand at padding."""
+    model, inputs = row.build(), row.inputs(padding=padding)
+    labels = inputs["input_ids"]
+    expected = model(**inputs, labels=labels, return_logits=False)
+    assert expected.logits is None
+    kept = model(**inputs, labels=labels, logits_to_keep=2)
+    assert kept.logits.shape[:2] == (BATCH, 2)
+    assert_near(kept.loss, expected.loss)
+    assert_near(model(**inputs, labels=labels).loss, expected.loss)
+
+
 # --- generate ---
 
 

@@ -342,6 +342,15 @@ def test_encoder_outputs_may_be_a_tuple_and_logits_a_few():
 
 
 @torch.no_grad()
+def test_loss_is_the_same_whichever_logits_are_computed():
+    model, batch = WRITER.build(), labelled()
+    expected = model(**batch, return_logits=False)
+    assert expected.logits is None
+    for options in ({}, {"logits_to_keep": 2}):
+        assert_near(model(**batch, **options).loss, expected.loss)
+
+
+@torch.no_grad()
 def test_embeddings_stand_for_ids():
     model, inputs = WRITER.build(), WRITER.inputs(padding="left")
     expected = model(**inputs).logits
