@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .folders import TARGET_TOKENIZER, find_templates
-from .loading import load_config, read_json, stored_tensors
+from .folders import TARGET_TOKENIZER, find_templates, read_json
+from .loading import load_config, stored_tensors
 
 RECORD = "card.json"
 # By this line a card is known as one that may be rendered again; the host's own placeholder says the other.

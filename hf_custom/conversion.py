@@ -7,7 +7,6 @@ shapes, names) is checked before memory is taken for it, and nothing in it is ex
 
 import base64
 import binascii
-import json
 import pickle
 import re
 from collections.abc import Callable, Iterator
@@ -21,9 +20,9 @@ from transformers.convert_slow_tokenizer import TikTokenConverter, bytes_to_unic
 from .configuration_base import SIZE_LIMITS
 from .configuration_gpt2 import CustomGPT2Config
 from .elmo_weights import convert_elmo, is_elmo
-from .folders import whole_folder
+from .folders import read_bytes, read_json, whole_folder
 from .modeling_gpt2 import CustomGPT2ForCausalLM
-from .tensor_bundle import TensorBundle, read_bytes
+from .tensor_bundle import TensorBundle
 
 AnyPath = str | Path
 END_OF_TEXT = "<|endoftext|>"
@@ -58,7 +57,7 @@ NANOGPT_SIZES = {"vocab_size": "vocab_size", "block_size": "n_positions", **_SAM
 # GPT-2's vocabulary as it is, and as nanoGPT pads it.
 GPT2_VOCAB_SIZES, GPT2_END_OF_TEXT = (50257, 50304), 50256
 
-MAX_JSON_BYTES = 2**26
+MAX_TEXT_BYTES = 2**26
 # o200k_base, the largest vocabulary that tiktoken has, takes 3.6 MB and its longest token 128 bytes.
 MAX_RANK_FILE_BYTES, MAX_TOKEN_BYTES = 2**26, 1024
 _RANK_LINE = re.compile(rb"([A-Za-z0-9+/]+={0,2}) (\d{1,8})")
@@ -195,7 +194,7 @@ def openai_tokenizer(source: str | Path) -> GPT2Tokenizer:
             raise FileNotFoundError(
                 f"{source} has no {name}. Copy it there, or name another vocabulary by `tokenizer`."
             )
-    encoder = _read_json(source / "encoder.json")
+    encoder = read_json(source / "encoder.json")
     numbers = list(encoder.values())
     _check_numbers(numbers, source / "encoder.json")
     for token in (END_OF_TEXT, *bytes_to_unicode().values()):
@@ -236,7 +235,7 @@ def _read_hparams(file):
     """Our sizes from OpenAI's hyperparameters."""
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist. Copy it there, or give the number of heads as `n_head`.")
-    hparams = _read_json(file)
+    hparams = read_json(file)
     missing = [name for name in OPENAI_SIZES if name not in hparams]
     if missing:
         raise ValueError(f"{file} has no {missing[0]!r}. Copy it from the release.")
@@ -576,19 +575,9 @@ def _check_numbers(numbers, file):
 
 def _read_text(file):
     try:
-        return read_bytes(file, MAX_JSON_BYTES).decode()
+        return read_bytes(file, MAX_TEXT_BYTES).decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not text in UTF-8 ({error}). Copy it again.") from error
-
-
-def _read_json(file):
-    try:
-        found = json.loads(_read_text(file))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{file} is not JSON ({error}). Copy it again.") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{file} holds no JSON object. Copy it again.")
-    return found
 
 
 def _integer(value, name, file):

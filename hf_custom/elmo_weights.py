@@ -4,20 +4,17 @@ Every name and shape that the options give is checked before a tensor is read. H
 when it is needed.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
 from .configuration_elmo import NUM_CHARACTERS, CustomElmoConfig
-from .folders import whole_folder
+from .folders import read_json, whole_folder
 from .modeling_elmo import CustomElmoModel
-from .tensor_bundle import read_bytes
 from .tokenization_elmo import CustomElmoTokenizer, read_vocabulary
 
 OPTIONS_FILE = "options.json"
-MAX_OPTIONS_BYTES = 2**20
 # What bilm-tf's LSTM adds to the gate that forgets, and its order of the gates by ours: i, f, g, o.
 FORGET_BIAS, GATES = 1.0, (0, 2, 1, 3)
 
@@ -122,12 +119,7 @@ def _value(part, name, source):
 
 def read_options(source: Path) -> dict:
     """Fields of `CustomElmoConfig` from an options file."""
-    try:
-        options = json.loads(read_bytes(source, MAX_OPTIONS_BYTES))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{source} is not JSON ({error}). Copy it again.") from error
-    if not isinstance(options, dict):
-        raise ValueError(f"{source} holds no table of options. Copy it again.")
+    options = read_json(source)
     lstm = _part(options, "lstm", source)
     fields = {ours: _value(lstm, theirs, source) for theirs, ours in LSTM_OPTIONS.items()}
     fields |= {ours: lstm.get(theirs, default) for theirs, (ours, default) in OPTIONAL_LSTM_OPTIONS.items()}

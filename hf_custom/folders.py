@@ -1,5 +1,6 @@
-"""A folder that appears whole or not at all, and that of the templates."""
+"""A folder that appears whole or not at all, that of the templates, and files of bounded size."""
 
+import json
 import os
 import shutil
 import tempfile
@@ -9,6 +10,8 @@ from pathlib import Path
 
 # In a model's folder, that of the tokenizer of targets which have a vocabulary of their own.
 TARGET_TOKENIZER = "target_tokenizer"
+# A configuration with a name for each of a million labels has about 60 MB.
+MAX_JSON_BYTES = 2**27
 
 
 @contextmanager
@@ -56,4 +59,33 @@ def find_templates() -> Path:
     raise FileNotFoundError("the folder hub_cards is missing from the installation. Install the package again.")
 
 
-__all__ = ["TARGET_TOKENIZER", "find_templates", "whole_folder"]
+def read_bytes(file: Path, limit: int) -> bytes:
+    """The content of a file of bounded size."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist. Copy it there.")
+    size = file.stat().st_size
+    if size > limit:
+        raise ValueError(f"{file} has {size:,} bytes, more than any such file ({limit:,}). Name the right one.")
+    return file.read_bytes()
+
+
+def read_json(file: Path) -> dict:
+    """A JSON object of bounded size.
+
+    Raises:
+        FileNotFoundError, ValueError: when there is none, or something else is there.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"{file.parent} has no {file.name}. Copy it there, or name a folder that has one.")
+    encoded = read_bytes(file, MAX_JSON_BYTES)
+    try:
+        content = json.loads(encoded)
+    # Brackets within brackets, a hundred thousand deep, are no `ValueError`.
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is no JSON ({error}). Copy it again.") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds no JSON object. Copy it again.")
+    return content
+
+
+__all__ = ["TARGET_TOKENIZER", "find_templates", "read_bytes", "read_json", "whole_folder"]

@@ -26,8 +26,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .cards import HOST_MARK, MARK, RECORD, CardRecord, render_card
-from .folders import TARGET_TOKENIZER, whole_folder
-from .loading import check_safetensors, read_json, weight_files
+from .folders import TARGET_TOKENIZER, read_json, whole_folder
+from .loading import check_safetensors, weight_files
 
 logger = logging.get_logger(__name__)
 

@@ -1,7 +1,6 @@
 """Repositories of others, opened without trust: their code is never run, and nothing is read before it was checked."""
 
 import inspect
-import json
 from importlib import import_module
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .checks import check_shard_names
 from .export import STOCK_CLASSES
+from .folders import read_json
 from .registry import FAMILIES
 
 # What is fetched of a repository: no code, no pickles.
@@ -19,8 +19,6 @@ CONFIG_FILES = ("*.json",)
 READER_FILES = (*CONFIG_FILES, "merges.txt", "vocab.txt", "*.jinja")
 WEIGHT_FILES = ("*.safetensors",)
 PICKLES = (".bin", ".ckpt", ".h5", ".msgpack", ".pickle", ".pkl", ".pt", ".pth")
-# A configuration with a name for each of a million labels has about 60 MB.
-MAX_JSON_BYTES = 2**27
 
 
 def fetch(name_or_folder: str | Path, revision: str | None = None, weights: bool = True) -> Path:
@@ -31,25 +29,6 @@ def fetch(name_or_folder: str | Path, revision: str | None = None, weights: bool
         raise FileNotFoundError(f"{name_or_folder} is no folder. Name a model's folder or a repository of the Hub.")
     patterns = [*READER_FILES, *(WEIGHT_FILES if weights else ())]
     return Path(snapshot_download(str(name_or_folder), revision=revision, allow_patterns=patterns))
-
-
-def read_json(file: Path) -> dict:
-    """A JSON object of bounded size.
-
-    Raises:
-        FileNotFoundError, ValueError: when there is none, or something else is there.
-    """
-    if not file.is_file():
-        raise FileNotFoundError(f"{file.parent} has no {file.name}. Name a folder that a model was saved to.")
-    if file.stat().st_size > MAX_JSON_BYTES:
-        raise ValueError(f"{file} has {file.stat().st_size:,} bytes, more than a configuration needs. Do not load it.")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is no JSON: {error}. Save the model again.") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds no JSON object. Save the model again.")
-    return content
 
 
 def config_class_of(model_type: str | None) -> type[PreTrainedConfig]:

@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .folders import read_bytes
+
 # By their numbers in TensorFlow's enumeration `DataType`.
 _FLOATS = {1: torch.float32, 2: torch.float64, 14: torch.bfloat16, 19: torch.float16}
 TENSORFLOW_DTYPES = {**_FLOATS, 3: torch.int32, 9: torch.int64}
@@ -19,16 +21,6 @@ TABLE_MAGIC = 0xDB4775248B80FB57
 FOOTER_BYTES, TRAILER_BYTES = 48, 5
 # The index of the largest GPT-2 takes 30 kB, its longest name 30 characters.
 MAX_INDEX_BYTES, MAX_KEY_BYTES = 2**24, 1024
-
-
-def read_bytes(file: Path, limit: int) -> bytes:
-    """The content of a file of bounded size."""
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist. Copy it there.")
-    size = file.stat().st_size
-    if size > limit:
-        raise ValueError(f"{file} has {size:,} bytes, more than any such file ({limit:,}). Name the right one.")
-    return file.read_bytes()
 
 
 @dataclass(frozen=True)
@@ -291,4 +283,4 @@ def _masked(checksum):
     return (((checksum >> 15) | (checksum << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 
 
-__all__ = ["BundleEntry", "TensorBundle", "crc32c", "read_bytes"]
+__all__ = ["BundleEntry", "TensorBundle", "crc32c"]

@@ -170,6 +170,7 @@ def result_of(*contenders, group="", title="real lengths"):
     return {
         "name": "train",
         "preset": "tiny",
+        "texts": "books",
         "machine": MACHINE,
         "config": CONFIG,
         "rows": [{**row, "contenders": list(contenders)}],
@@ -227,6 +228,7 @@ def test_results_are_written_whole(tmp_path):
     write(result, tmp_path, "train-tiny")
     plot_sweeps(result, tmp_path / "train-tiny.png")
     assert json.loads((tmp_path / "train-tiny.json").read_text()) == result
+    assert "Lengths and ids from books." in (tmp_path / "train-tiny.md").read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["train-tiny.json", "train-tiny.md", "train-tiny.png"]
 
 

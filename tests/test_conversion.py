@@ -198,9 +198,9 @@ def rewrite(name, change):
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (rewrite("hparams.json", lambda text: text[:-5]), "not JSON"),
+        (rewrite("hparams.json", lambda text: text[:-5]), "no JSON"),
         (rewrite("hparams.json", lambda text: "[1]"), "no JSON object"),
-        (rewrite("hparams.json", lambda text: "[" * 100_000), "not JSON"),
+        (rewrite("hparams.json", lambda text: "[" * 100_000), "no JSON"),
         (rewrite("hparams.json", lambda text: '{"n_vocab": 300}'), "no 'n_ctx'"),
         (rewrite("encoder.json", lambda text: text.replace('"A"', '"AA"')), "no number for 'A'"),
         (rewrite("encoder.json", lambda text: text.replace(END, "<end>")), r"no number for '<\|endoftext"),

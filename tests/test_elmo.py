@@ -731,7 +731,7 @@ def test_heads_and_missing_h5py_and_damage_are_refused(tmp_path, monkeypatch):
     with pytest.raises(ImportError, match="pip install h5py"):
         convert(tmp_path / "published", tmp_path / "ours")
     (tmp_path / "published" / "options.json").write_text("{")
-    with pytest.raises(ValueError, match="options.json is not JSON"):
+    with pytest.raises(ValueError, match="options.json is no JSON"):
         convert(tmp_path / "published", tmp_path / "ours")
 
 

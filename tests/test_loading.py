@@ -153,8 +153,8 @@ def test_auto_class_refuses_shards_elsewhere_too(kind, folder):
 
 
 def test_huge_configuration_is_not_read(folder, monkeypatch):
-    monkeypatch.setattr("hf_custom.loading.MAX_JSON_BYTES", 100)
-    with pytest.raises(ValueError, match="more than a configuration needs"):
+    monkeypatch.setattr("hf_custom.folders.MAX_JSON_BYTES", 100)
+    with pytest.raises(ValueError, match="more than any such file"):
         load_config(folder)
 
 

@@ -43,9 +43,12 @@ def record(folder, name, **systems):
 def test_table_shows_what_is_recorded(tmp_path):
     record(tmp_path, "sst2", ours=0.91, stock=0.9)
     record(tmp_path, "easy_vqa", ours=0.95)
+    several = json.loads((tmp_path / "sst2.json").read_text())
+    several["ours"]["seeds"] = {"42": {}, "1": {}, "2": {}}
+    (tmp_path / "sst2.json").write_text(json.dumps(several))
     rows = reproduce.table(tmp_path).splitlines()[2:]
     assert rows == [
-        "| sst2 | accuracy | 0.910 | 0.900 | 0.9 by others |",
+        "| sst2 | accuracy | 0.910 | 0.900 | 0.9 by others; means of 3 seeds |",
         "| easy_vqa | accuracy | 0.950 |  | 0.9 by others |",
     ]
 

@@ -175,7 +175,7 @@ ROWS = {
             "test_files": "mt/tatoeba_en_fr_test.tsv",
         },
         "test BLEU",
-        literature="in percent, mean of two seeds",
+        literature="in percent",
         flags=("--bf16", "true", "--use_cpu", "true"),
         is_from_nothing=True,
         seeds=(42, 1),
@@ -307,7 +307,11 @@ def table(folder: Path | None = None) -> str:
             scores = [
                 f"{result[system]['metrics'][metric]:.3f}" if system in result else "" for system in ("ours", "stock")
             ]
-            lines.append(f"| {result['title']} | {metric} | {' | '.join(scores)} | {result['literature']} |")
+            seeds = result["ours"].get("seeds", ())
+            remarks = [result["literature"], f"means of {len(seeds)} seeds" if seeds else ""]
+            lines.append(
+                f"| {result['title']} | {metric} | {' | '.join(scores)} | {'; '.join(filter(None, remarks))} |"
+            )
     return "\n".join(lines)
 
 

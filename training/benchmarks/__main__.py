@@ -247,7 +247,9 @@ def main(argv: list[str] | None = None) -> None:
         rows = [(group, row) for group, members in groups.items() for row in members if (args.only or "") in row.title]
         if not rows:
             raise ValueError(f"no row's title contains {args.only!r}.")
-    result = {"name": args.name, "preset": args.preset, "machine": machine(args.device)}
+    # The folder's name alone: what lies above it is of this machine.
+    texts = Path(args.data).resolve().name if args.data else "the embedded corpus"
+    result = {"name": args.name, "preset": args.preset, "texts": texts, "machine": machine(args.device)}
     config_class, model_class, tokenizer = FAMILIES[preset.model_type]
     text_config = preset.get_text_config()
     result["config"] = {

@@ -26,6 +26,7 @@ SHOWN = (
     ("sentences", "bert-base"),
     ("pretrain", "blip2-vit-g"),
     ("caption", "blip2-vit-g"),
+    ("translate", "transformer-base"),
 )
 
 
@@ -116,7 +117,7 @@ def write(result: dict, folder: Path, name: str) -> None:
     head = (
         f"# {name}\n\n{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, transformers "
         f"{machine['transformers']}. Measured limits: products {rates}; memory {machine['bandwidth'] / 1e9:.0f} GB/s. "
-        "Peak memory is what the process took beyond its imports.\n"
+        f"Lengths and ids from {result['texts']}. Peak memory is what the process took beyond its imports.\n"
     )
     for suffix, text in (("json", json.dumps(result, indent=1) + "\n"), ("md", head + table(result) + "\n")):
         draft = folder / f".{name}.{suffix}"
