@@ -1,4 +1,7 @@
-"""GPT-2, BERT and BLIP-2, readable and drop-in: a plugin for Hugging Face Transformers. Importing it registers them."""
+"""GPT-2, BERT, BLIP-2 and what they came from, readable and drop-in: a plugin for Hugging Face Transformers.
+
+Importing it registers them.
+"""
 
 from .configuration_bert import CustomBertConfig
 from .configuration_blip2 import CustomBlip2Config, CustomBlip2QFormerConfig, CustomBlip2VisionConfig

@@ -179,9 +179,11 @@ def project_activated(act: nn.Module, x: torch.Tensor, projection: nn.Module) ->
 
     At four times the hidden size it is the largest tensor of a block, and the cheapest to compute again.
     """
+    if not torch.is_grad_enabled() or is_traced():
+        return project(projection, act(x))
     is_linear = is_plain_linear(projection) or _is_plain(projection, Linear)
     is_plain = not ("forward" in vars(act) or has_hooks(act) or next(act.parameters(), None) is not None)
-    if not is_plain or not (is_linear or _is_plain(projection, Conv1D)) or not torch.is_grad_enabled() or is_traced():
+    if not is_plain or not (is_linear or _is_plain(projection, Conv1D)):
         return project(projection, act(x))
     rows = _ActivatedAffine.apply(x.reshape(-1, x.shape[-1]), projection.weight, projection.bias, act, is_linear)
     return rows.view(*x.shape[:-1], -1)

@@ -1,6 +1,5 @@
 """Repositories of others, opened without trust: their code is never run, and nothing is read before it was checked."""
 
-import inspect
 from importlib import import_module
 from pathlib import Path
 
@@ -109,17 +108,12 @@ def find_model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     Raises:
         ValueError: for a class that has no counterpart here.
     """
-    references = list(config.auto_classes.values())
-    modules = [
-        import_module(f".{name}", __package__) for name in dict.fromkeys(ref.split(".")[0] for ref in references)
-    ]
-    if type(config).model_type == "custom_blip2":
-        modules.append(import_module(".modeling_blip2_retrieval", __package__))
+    package = import_module(__package__)
+    members = {name: getattr(package, name) for name in package.__all__}
     classes = {
         name: value
-        for module in modules
-        for name, value in inspect.getmembers(module, inspect.isclass)
-        if issubclass(value, PreTrainedModel) and value.config_class is type(config) and name in module.__all__
+        for name, value in members.items()
+        if isinstance(value, type) and issubclass(value, PreTrainedModel) and value.config_class is type(config)
     }
     architecture = (config.architectures or [config.auto_classes["AutoModel"].split(".")[1]])[0]
     ours = {stock: own for own, stock in STOCK_CLASSES.items()}.get(architecture, architecture)

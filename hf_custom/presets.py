@@ -9,7 +9,9 @@ from .configuration_gpt2 import CustomGPT2Config
 from .configuration_transformer import CustomTransformerConfig
 from .configuration_word2vec import CustomWord2VecConfig
 
-_SMALL = {"n_positions": 256, "resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.0}
+# The tokenizers that are trained here have the end token first.
+_ENDS = {"bos_token_id": 0, "eos_token_id": 0}
+_SMALL = {"n_positions": 256, "resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.0, **_ENDS}
 # As small as a GPT can be drawn matrix by matrix: ids (4, 16), states (4, 16, 64), scores (4, 4, 16, 16). Weights start
 # at one over the square root of the width, so that words count beside the sinusoids.
 _NOTES = {
@@ -25,6 +27,7 @@ _NOTES = {
     "resid_pdrop": 0.1,
     "embd_pdrop": 0.1,
     "attn_pdrop": 0.0,
+    **_ENDS,
 }
 _BERT_MINI = {
     "hidden_size": 256,
@@ -78,8 +81,7 @@ _BLIP2_MINI = {
         "n_head": 4,
         "n_positions": 128,
         "vocab_size": 1024,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
+        **_ENDS,
         "resid_pdrop": 0.0,
         "embd_pdrop": 0.0,
         "attn_pdrop": 0.0,

@@ -54,6 +54,7 @@ from hf_custom import (
     CustomWord2VecForPreTraining,
 )
 from hf_custom.modeling_word2vec import check_vocabulary
+from hf_custom.presets import PRESETS, preset_config
 from hf_custom.registry import FAMILIES
 from training.word_pairs import Corpus
 from training.word_trainer import Chunks, ChunkUpdates
@@ -721,6 +722,12 @@ def test_stock_folder_loads_in_silence(model_type, tmp_path, caplog):
     (tmp_path / "config.json").write_text(json.dumps(stored))
     config = CustomGPT2Config.from_pretrained(tmp_path)
     assert (config.model_type, config.n_layer) == ("custom_gpt2", 3)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_warns_of_nothing(name, caplog):
+    preset_config(name)
     assert not caplog.records
 
 

@@ -1,5 +1,7 @@
 """Trained tokenizers: nothing is lost, and the saved class is one that stock Transformers knows."""
 
+import json
+
 import pytest
 import transformers
 from transformers import AutoTokenizer
@@ -81,3 +83,16 @@ def test_command_line(tmp_path, capsys):
     assert AutoTokenizer.from_pretrained(tmp_path / "out").decode([0]) == END_OF_TEXT
     with pytest.raises(SystemExit, match="^error: data file .* does not exist"):
         main(["--files", "missing.txt", "--output_dir", str(tmp_path)])
+
+
+def test_command_line_sets_bad_rows_aside(tmp_path, capsys):
+    rows = [json.dumps({"text": f"one two three {number}"}) for number in range(40)]
+    (tmp_path / "rows.jsonl").write_text("\n".join([*rows, "{"]), encoding="utf-8")
+    arguments = ["--files", str(tmp_path / "rows.jsonl"), "--vocab_size", "300", "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match=r"row 40 \(line 41\) is not JSON.*--quarantine FILE"):
+        main(arguments)
+    assert not (tmp_path / "out").exists()
+    main([*arguments, "--quarantine", str(tmp_path / "bad.jsonl")])
+    assert "1 of 41 rows set aside" in capsys.readouterr().out
+    assert json.loads((tmp_path / "bad.jsonl").read_text())["row"] == 40
+    assert (tmp_path / "out" / "tokenizer.json").exists()

@@ -19,6 +19,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from hf_custom.conversion import ENCODINGS
 from hf_custom.tokenization_elmo import CustomElmoTokenizer
 from training.data import load_text
+from training.preflight import Quarantine
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|pad|>"
@@ -166,12 +167,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--files", nargs="+", help="text files or folders; the embedded corpus when not given")
     parser.add_argument("--dataset_name", help="a data set of the Hub instead of files")
     parser.add_argument("--text_column", default="text", help="column that holds the text")
+    parser.add_argument("--quarantine", metavar="FILE", help="set bad rows aside there instead of refusing the data")
     parser.add_argument("--tiktoken", metavar="FILE", help="write its ranks for tiktoken too (byte-level BPE)")
     args = parser.parse_args(argv)
     try:
-        rows = load_text(dataset_name=args.dataset_name, files=args.files, column=args.text_column)["train"]
-        texts = (row[args.text_column] for row in rows)
-        tokenizer = train_tokenizer(texts, args.kind, args.vocab_size)
+        quarantine = Quarantine(args.quarantine)
+        data = {"dataset_name": args.dataset_name, "files": args.files, "column": args.text_column}
+        rows = load_text(**data, quarantine=quarantine)["train"]
+        tokenizer = train_tokenizer((row[args.text_column] for row in rows), args.kind, args.vocab_size)
+        quarantine.finish()
         if args.tiktoken is not None:
             write_tiktoken(tokenizer, args.tiktoken)
     except (ValueError, OSError) as error:
