@@ -129,6 +129,7 @@ ROWS = {
         "test f1",
         has_stock=False,
         after="elmo_wnut17_1",
+        seeds=(42, 1, 2),
     ),
     "elmo_wnut17_without": Row(
         "WNUT-17 entities, the same tagger without ELMo",
@@ -137,6 +138,7 @@ ROWS = {
         WNUT17_FILES,
         "test f1",
         has_stock=False,
+        seeds=(42, 1, 2),
     ),
     "lstm_wikitext2": Row(
         "WikiText-2's validation text, LSTM of 3.0M weights; trained on other text, its own being absent",
@@ -178,7 +180,7 @@ ROWS = {
         literature="in percent",
         flags=("--bf16", "true", "--use_cpu", "true"),
         is_from_nothing=True,
-        seeds=(42, 1),
+        seeds=(42, 1, 2, 3, 4),
     ),
     "easy_vqa": Row(
         "easy-VQA, from nothing",
