@@ -194,7 +194,7 @@ def openai_tokenizer(source: str | Path) -> GPT2Tokenizer:
             raise FileNotFoundError(
                 f"{source} has no {name}. Copy it there, or name another vocabulary by `tokenizer`."
             )
-    encoder = read_json(source / "encoder.json")
+    encoder = read_json(source / "encoder.json", MAX_TEXT_BYTES)
     numbers = list(encoder.values())
     _check_numbers(numbers, source / "encoder.json")
     for token in (END_OF_TEXT, *bytes_to_unicode().values()):
@@ -235,7 +235,7 @@ def _read_hparams(file):
     """Our sizes from OpenAI's hyperparameters."""
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist. Copy it there, or give the number of heads as `n_head`.")
-    hparams = read_json(file)
+    hparams = read_json(file, MAX_TEXT_BYTES)
     missing = [name for name in OPENAI_SIZES if name not in hparams]
     if missing:
         raise ValueError(f"{file} has no {missing[0]!r}. Copy it from the release.")

@@ -15,6 +15,7 @@ from .modeling_elmo import CustomElmoModel
 from .tokenization_elmo import CustomElmoTokenizer, read_vocabulary
 
 OPTIONS_FILE = "options.json"
+MAX_OPTIONS_BYTES = 2**20
 # What bilm-tf's LSTM adds to the gate that forgets, and its order of the gates by ours: i, f, g, o.
 FORGET_BIAS, GATES = 1.0, (0, 2, 1, 3)
 
@@ -119,7 +120,7 @@ def _value(part, name, source):
 
 def read_options(source: Path) -> dict:
     """Fields of `CustomElmoConfig` from an options file."""
-    options = read_json(source)
+    options = read_json(source, MAX_OPTIONS_BYTES)
     lstm = _part(options, "lstm", source)
     fields = {ours: _value(lstm, theirs, source) for theirs, ours in LSTM_OPTIONS.items()}
     fields |= {ours: lstm.get(theirs, default) for theirs, (ours, default) in OPTIONAL_LSTM_OPTIONS.items()}

@@ -10,8 +10,6 @@ from pathlib import Path
 
 # In a model's folder, that of the tokenizer of targets which have a vocabulary of their own.
 TARGET_TOKENIZER = "target_tokenizer"
-# A configuration with a name for each of a million labels has about 60 MB.
-MAX_JSON_BYTES = 2**27
 
 
 @contextmanager
@@ -69,15 +67,15 @@ def read_bytes(file: Path, limit: int) -> bytes:
     return file.read_bytes()
 
 
-def read_json(file: Path) -> dict:
-    """A JSON object of bounded size.
+def read_json(file: Path, limit: int = 2**27) -> dict:
+    """A JSON object of bounded size; a configuration with a name for each of a million labels has about 60 MB.
 
     Raises:
         FileNotFoundError, ValueError: when there is none, or something else is there.
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file.parent} has no {file.name}. Copy it there, or name a folder that has one.")
-    encoded = read_bytes(file, MAX_JSON_BYTES)
+    encoded = read_bytes(file, limit)
     try:
         content = json.loads(encoded)
     # Brackets within brackets, a hundred thousand deep, are no `ValueError`.
